@@ -1,0 +1,81 @@
+//! The pciif protocol, `xen/include/public/io/pciif.h`: layout of the shared page, operations, error
+//! numbers. The page itself is reached through [`crate::platform::SharedPage`].
+
+/// Version string of the protocol, compared as text.
+#[doc(alias = "XEN_PCI_MAGIC")]
+pub const MAGIC: &str = "7";
+
+/// Vectors one request can carry.
+#[doc(alias = "SH_INFO_MAX_VEC")]
+pub const MAX_VECTORS: usize = 128;
+
+/// Set by the frontend when a request is complete, cleared by the backend after the reply.
+#[doc(alias = "_XEN_PCIF_active")]
+pub const PCIF_ACTIVE: u32 = 1 << 0;
+/// Set by the frontend for good: it handles AER requests.
+#[doc(alias = "_XEN_PCIB_AERHANDLER")]
+pub const PCIB_AERHANDLER: u32 = 1 << 1;
+/// Set by the backend when an AER request is complete.
+#[doc(alias = "_XEN_PCIB_active")]
+pub const PCIB_ACTIVE: u32 = 1 << 2;
+
+/// Byte offsets of the shared page's fields (`struct xen_pci_sharedinfo`).
+pub mod offset {
+    /// `flags`, u32.
+    pub const FLAGS: usize = 0;
+    /// `op.cmd`, u32.
+    pub const CMD: usize = 4;
+    /// `op.err`, i32.
+    pub const ERR: usize = 8;
+    /// `op.domain`, u32.
+    pub const DOMAIN: usize = 12;
+    /// `op.bus`, u32.
+    pub const BUS: usize = 16;
+    /// `op.devfn`, u32.
+    pub const DEVFN: usize = 20;
+    /// `op.offset`, i32.
+    pub const OFFSET: usize = 24;
+    /// `op.size`, i32.
+    pub const SIZE: usize = 28;
+    /// `op.value`, u32.
+    pub const VALUE: usize = 32;
+    /// `op.info`, u32.
+    pub const INFO: usize = 36;
+    /// `op.msix_entries`, 128 of {u16 vector, u16 entry}.
+    pub const MSIX_ENTRIES: usize = 40;
+    /// `aer_op`, five u32.
+    pub const AER_OP: usize = 552;
+    /// Bytes of the whole structure.
+    pub const END: usize = 572;
+}
+
+/// A request as copied out of the shared page: nothing in it has been checked.
+///
+/// The MSI-X entries are not part of it: no operation of this version reads them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[doc(alias = "xen_pci_op")]
+pub struct RawRequest {
+    /// Operation number.
+    pub cmd: u32,
+    /// Segment as the guest sees it.
+    pub domain: u32,
+    /// Bus as the guest sees it.
+    pub bus: u32,
+    /// Device << 3 | function, as the guest sees it.
+    pub devfn: u32,
+    /// Configuration offset in bytes.
+    pub offset: i32,
+    /// Access width in bytes.
+    pub size: i32,
+    /// Value to write, or vector count.
+    pub value: u32,
+}
+
+/// The fields of a reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawReply {
+    /// 0 or a negative [`WireError`].
+    pub err: i32,
+    /// The value read, or what the operation defines.
+    pub value: u32,
+}

@@ -1,0 +1,2 @@
+//! The bootable image.
+fn main() {}

@@ -1,0 +1,2 @@
+//! The guest side of Xen.
+#![no_std]

@@ -1,0 +1,2 @@
+//! Runs inside the rig's guests.
+fn main() {}

@@ -1,0 +1,2 @@
+//! `xl-pciback`, dom0's side of pciback-stubdom.
+fn main() {}
