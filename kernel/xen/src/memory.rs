@@ -1,0 +1,79 @@
+//! Memory calls: HVM parameters, pages of Xen put into our physical map, the memory map when the
+//! start info has none, and the vCPU's own run time. Headers: `memory.h`, `hvm/params.h`, `vcpu.h`.
+
+use crate::abi::{AddToPhysmap, DOMID_SELF, E820Entry, HvmParam, MemoryMap, RunstateInfo};
+use crate::errno::Errno;
+use crate::hypercall;
+
+const XENMEM_ADD_TO_PHYSMAP: u32 = 7;
+const XENMEM_MEMORY_MAP: u32 = 9;
+const XENMAPSPACE_SHARED_INFO: u32 = 0;
+const HVMOP_GET_PARAM: u32 = 1;
+const VCPUOP_GET_RUNSTATE_INFO: u32 = 4;
+const RUNSTATE_RUNNING: usize = 0;
+
+/// A parameter Xen's tools set for a PVH domain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Param {
+    /// Frame of the xenstore ring.
+    #[doc(alias = "HVM_PARAM_STORE_PFN")]
+    StorePfn = 1,
+    /// Event channel of the xenstore ring.
+    #[doc(alias = "HVM_PARAM_STORE_EVTCHN")]
+    StoreEvtchn = 2,
+    /// Frame of the console ring.
+    #[doc(alias = "HVM_PARAM_CONSOLE_PFN")]
+    ConsolePfn = 17,
+    /// Event channel of the console ring.
+    #[doc(alias = "HVM_PARAM_CONSOLE_EVTCHN")]
+    ConsoleEvtchn = 18,
+}
+
+/// Reads a parameter of this domain.
+///
+/// # Errors
+/// What Xen answered.
+pub fn hvm_param(param: Param) -> Result<u64, Errno> {
+    let mut arg = HvmParam { domid: DOMID_SELF, index: param as u32, ..HvmParam::default() };
+    // SAFETY: HVMOP_get_param takes a xen_hvm_param.
+    unsafe { hypercall::hvm_op(HVMOP_GET_PARAM, &mut arg)? };
+    Ok(arg.value)
+}
+
+/// Makes the shared info page appear at guest frame `gfn`.
+///
+/// # Errors
+/// What Xen answered.
+///
+/// # Safety
+/// Nothing else is, or is later placed, at `gfn`.
+pub unsafe fn map_shared_info(gfn: u64) -> Result<(), Errno> {
+    let mut arg = AddToPhysmap { domid: DOMID_SELF, space: XENMAPSPACE_SHARED_INFO, gpfn: gfn, ..Default::default() };
+    // SAFETY: XENMEM_add_to_physmap takes a xen_add_to_physmap; `gfn` is free by our contract.
+    unsafe { hypercall::memory_op(XENMEM_ADD_TO_PHYSMAP, &mut arg)? };
+    Ok(())
+}
+
+/// Stores the domain's memory map in `entries` and returns how many there are.
+///
+/// # Errors
+/// What Xen answered.
+pub fn memory_map(entries: &mut [E820Entry]) -> Result<usize, Errno> {
+    let room = u32::try_from(entries.len()).unwrap_or(u32::MAX);
+    let mut arg = MemoryMap { nr_entries: room, buffer: entries.as_mut_ptr() };
+    // SAFETY: XENMEM_memory_map takes a xen_memory_map; the buffer has the room it names.
+    unsafe { hypercall::memory_op(XENMEM_MEMORY_MAP, &mut arg)? };
+    Ok((arg.nr_entries as usize).min(entries.len()))
+}
+
+/// Nanoseconds this domain's vCPU has run since it was made.
+///
+/// # Errors
+/// What Xen answered.
+pub fn cpu_time() -> Result<u64, Errno> {
+    let mut arg = RunstateInfo::default();
+    // SAFETY: VCPUOP_get_runstate_info takes a vcpu_runstate_info.
+    unsafe { hypercall::vcpu_op(VCPUOP_GET_RUNSTATE_INFO, 0, &mut arg)? };
+    Ok(arg.time[RUNSTATE_RUNNING])
+}
