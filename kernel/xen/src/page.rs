@@ -11,6 +11,9 @@ use crate::abi::PAGE_SIZE;
 #[derive(Clone, Copy, Debug)]
 pub struct Page(*mut u8);
 
+// SAFETY: every access is volatile or atomic, as a peer changes the page anyway; there is one vCPU.
+unsafe impl Send for Page {}
+
 /// An access width in a [`Page`].
 pub trait Word: Copy + 'static {}
 impl Word for u8 {}
