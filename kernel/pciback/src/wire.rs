@@ -79,3 +79,30 @@ pub struct RawReply {
     /// The value read, or what the operation defines.
     pub value: u32,
 }
+
+/// Why a request failed, as the frontend reads it in `op.err`. The only table of these numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WireError {
+    /// The guest has no function at that address.
+    #[doc(alias = "XEN_PCI_ERR_dev_not_found")]
+    DeviceNotFound = -1,
+    /// Offset or size of a configuration access is not one the protocol allows.
+    #[doc(alias = "XEN_PCI_ERR_invalid_offset")]
+    InvalidOffset = -2,
+    /// The guest may not do this.
+    #[doc(alias = "XEN_PCI_ERR_access_denied")]
+    AccessDenied = -3,
+    /// No such operation, or none in this version.
+    #[doc(alias = "XEN_PCI_ERR_not_implemented")]
+    NotImplemented = -4,
+    /// The operation was tried and failed.
+    #[doc(alias = "XEN_PCI_ERR_op_failed")]
+    OpFailed = -5,
+}
+
+impl WireError {
+    /// The number that goes into `op.err`.
+    pub const fn code(self) -> i32 {
+        self as i32
+    }
+}
