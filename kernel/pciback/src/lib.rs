@@ -13,6 +13,15 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod backend;
+pub mod cmdline;
+pub mod config;
+pub mod device;
+pub mod frontend;
+pub mod nodes;
 pub mod platform;
 pub mod sbdf;
+pub mod serve;
+pub mod throttle;
+pub mod topology;
 pub mod wire;

@@ -63,11 +63,6 @@ impl Console {
         let prod = self.page.atomic32(xencons::IN_PROD).load(Ordering::Acquire);
         self.page.atomic32(xencons::IN_CONS).store(prod, Ordering::Release);
     }
-
-    /// Our end's event channel port.
-    pub fn port(&self) -> u32 {
-        self.port
-    }
 }
 
 /// Guest-chosen text may reach a log line: no control byte gets to the terminal behind it.

@@ -1,0 +1,270 @@
+//! The whole backend: the functions, the frontends, and where each event goes.
+
+use alloc::collections::BTreeMap;
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+
+use crate::cmdline::{Complaint, Config, Mode};
+use crate::device::{Device, State};
+use crate::frontend::{Context, Frontend, Verdict};
+use crate::nodes::{self, BACKEND, Link, PUBLISHED};
+use crate::platform::{Nanos, Platform, Port, Store};
+
+/// Token of the watch on all backend folders.
+const TOKEN: &str = "backend";
+
+/// Frontends at the most: a bound for memory, above what the event loop can wait for.
+const MAX_FRONTENDS: usize = 256;
+
+/// The backend over a machine.
+pub struct Backend<P: Platform> {
+    platform: P,
+    mode: Mode,
+    complaints: Vec<Complaint>,
+    devices: Vec<Device<P::Config>>,
+    published: Vec<Option<State>>,
+    frontends: BTreeMap<Link, Frontend<P>>,
+}
+
+impl<P: Platform> Backend<P> {
+    /// Seizes the functions that `config` names.
+    pub fn new(mut platform: P, config: Config, complaints: Vec<Complaint>) -> Backend<P> {
+        let seize = |entry: crate::cmdline::DeviceConfig| {
+            let hardware = platform.open_config(entry.sbdf);
+            Device::seize(entry, hardware)
+        };
+        let devices: Vec<_> = config.devices.into_iter().map(seize).collect();
+        let published = devices.iter().map(|_| None).collect();
+        Backend { platform, mode: config.mode, complaints, devices, published, frontends: BTreeMap::new() }
+    }
+
+    /// The machine.
+    pub fn platform_mut(&mut self) -> &mut P {
+        &mut self.platform
+    }
+
+    /// The functions, in the order of the command line.
+    pub fn devices(&self) -> &[Device<P::Config>] {
+        &self.devices
+    }
+
+    /// Says what is in force, publishes it, and starts to look for frontends.
+    pub fn start(&mut self) {
+        log::info!("pciback-stubdom {}", env!("CARGO_PKG_VERSION"));
+        for complaint in &self.complaints {
+            log::error!("{complaint}");
+        }
+        let (mode, why) = mode(self.mode);
+        log::info!("mode {mode}: {why}");
+        if self.devices.is_empty() {
+            log::error!("no function to serve: name one with dev= (see xl-pciback config)");
+        }
+        for device in &self.devices {
+            announce(device);
+        }
+        let complaints = self.complaints.len().to_string();
+        for (node, value) in [
+            ("version", env!("CARGO_PKG_VERSION")),
+            ("mode", mode),
+            ("mode-why", why),
+            ("complaints", complaints.as_str()),
+        ] {
+            self.publish(&format!("{PUBLISHED}/{node}"), value);
+        }
+        self.publish_devices();
+        self.watch();
+        self.publish(&format!("{PUBLISHED}/state"), "ready");
+    }
+
+    /// A xenstore watch fired.
+    pub fn watch_fired(&mut self, path: &str, token: &str) {
+        if let Some(link) = Link::of_token(token) {
+            if self.frontends.contains_key(&link) {
+                self.reconcile(link);
+            }
+        } else if token == TOKEN {
+            let mut parts = path.strip_prefix(BACKEND).unwrap_or("").trim_start_matches('/').splitn(3, '/');
+            match (parts.next().filter(|part| !part.is_empty()), parts.next(), parts.next()) {
+                (Some(frontend), Some(devid), node) => {
+                    if let Some(link) = Link::parse(frontend, devid)
+                        && node.is_none_or(is_toolstacks)
+                    {
+                        self.reconcile(link);
+                    }
+                }
+                _ => self.scan(),
+            }
+        }
+    }
+
+    /// Serves every frontend whose event channel is pending or that had requests left, one turn each.
+    /// `take` consumes a port's pending bit. True if any was served.
+    pub fn serve(&mut self, take: impl Fn(&P, Port) -> bool) -> bool {
+        let Backend { platform, devices, frontends, .. } = self;
+        let mut busy = false;
+        for frontend in frontends.values_mut() {
+            if let Some(port) = frontend.port()
+                && (take(platform, port) | frontend.has_more())
+            {
+                busy = true;
+                frontend.serve(&mut Context { platform, devices });
+            }
+        }
+        busy
+    }
+
+    /// The ports to wait for.
+    pub fn ports(&self) -> impl Iterator<Item = Port> {
+        self.frontends.values().filter_map(Frontend::port)
+    }
+
+    /// When to call again without an event. Never, in this version.
+    pub fn next_deadline(&self) -> Option<Nanos> {
+        None
+    }
+
+    /// The xenstore connection was made anew: watches are gone, and anything may have happened.
+    pub fn store_reconnected(&mut self) {
+        for frontend in self.frontends.values_mut() {
+            frontend.forget_watch();
+        }
+        self.watch();
+        self.scan();
+        for published in &mut self.published {
+            *published = None;
+        }
+        self.publish_devices();
+    }
+
+    /// Closes every frontend: the domain ends.
+    pub fn shutdown(&mut self) {
+        let Backend { platform, devices, frontends, .. } = self;
+        for frontend in frontends.values_mut() {
+            frontend.shutdown(&mut Context { platform, devices });
+        }
+        self.frontends.clear();
+        self.publish_devices();
+    }
+
+    /// Looks at every frontend that is known or listed.
+    fn scan(&mut self) {
+        let mut links: Vec<Link> = self.frontends.keys().copied().collect();
+        let store = self.platform.store();
+        for frontend in store.list(None, BACKEND).unwrap_or_default() {
+            for devid in store.list(None, &format!("{BACKEND}/{frontend}")).unwrap_or_default() {
+                links.extend(Link::parse(&frontend, &devid));
+            }
+        }
+        links.sort_unstable();
+        links.dedup();
+        for link in links {
+            self.reconcile(link);
+        }
+    }
+
+    fn reconcile(&mut self, link: Link) {
+        if !self.frontends.contains_key(&link) && self.frontends.len() >= MAX_FRONTENDS {
+            log::error!("domain {}: not served: {MAX_FRONTENDS} frontends are the most", link.frontend);
+            return;
+        }
+        let Backend { platform, devices, frontends, .. } = self;
+        let frontend = frontends.entry(link).or_insert_with(|| Frontend::new(link));
+        if frontend.reconcile(&mut Context { platform, devices }) == Verdict::Gone {
+            frontends.remove(&link);
+        }
+        self.publish_devices();
+    }
+
+    fn watch(&mut self) {
+        if let Err(error) = self.platform.store().watch(BACKEND, TOKEN) {
+            log::error!("cannot watch {BACKEND}: {error}: no guest will be served");
+        }
+    }
+
+    /// Publishes what has changed of the functions since the last time.
+    fn publish_devices(&mut self) {
+        for index in 0..self.devices.len() {
+            let (Some(device), Some(published)) = (self.devices.get(index), self.published.get_mut(index)) else {
+                return;
+            };
+            if published.as_ref() == Some(&device.state) {
+                continue;
+            }
+            let first = published.is_none();
+            *published = Some(device.state.clone());
+            let sbdf = device.entry.sbdf;
+            let mut nodes: Vec<(&str, String)> = Vec::new();
+            if first {
+                let id = device.ids().map(|(vendor, model)| format!("{vendor:04x}:{model:04x}"));
+                nodes.push(("id", id.unwrap_or_default()));
+                nodes.push(("guest", device.entry.guest.clone().unwrap_or_default()));
+                nodes.push(("options", device.entry.options()));
+            }
+            let (frontend, reason) = match &device.state {
+                State::Ready => (None, None),
+                State::InUse(guest) => (Some(guest.to_string()), None),
+                State::Broken(reason) => (None, Some(reason.clone())),
+            };
+            let word = device.state.word().to_string();
+            // The state comes last: who waits for it finds the rest in place.
+            let changing = [("frontend", frontend), ("reason", reason), ("state", Some(word))];
+            for (node, value) in nodes.into_iter().map(|(node, value)| (node, Some(value))).chain(changing) {
+                let path = nodes::published(sbdf, node);
+                match value {
+                    Some(value) => self.publish(&path, &value),
+                    // Usually there is none.
+                    None => drop(self.platform.store().remove(None, &path)),
+                }
+            }
+        }
+    }
+
+    fn publish(&mut self, path: &str, value: &str) {
+        if let Err(error) = self.platform.store().write(None, path, value) {
+            log::warn!("cannot publish {path}: {error}");
+        }
+    }
+}
+
+/// The mode's name and why it is in force.
+fn mode(mode: Mode) -> (&'static str, &'static str) {
+    match mode {
+        Mode::Mmcfg0 => (
+            "mmcfg0",
+            "the command line says that Xen was booted with mmcfg=0, so configuration writes go to the ECAM frames",
+        ),
+        Mode::ReadOnly => {
+            ("read-only", "the command line says mode=read-only: guests' configuration writes are refused")
+        }
+        Mode::Auto => (
+            "read-only",
+            "this version has no way to write on a stock Xen, which would end the domain: guests' configuration writes \
+             are refused; boot Xen with mmcfg=0 and say mode=mmcfg0 to have them",
+        ),
+    }
+}
+
+/// The log line of a function at start.
+fn announce<C: crate::platform::ConfigSpace>(device: &Device<C>) {
+    let entry = &device.entry;
+    match (&device.state, device.ids()) {
+        (State::Broken(reason), _) => log::error!("{}: broken: {reason}", entry.sbdf),
+        (_, ids) => {
+            let (vendor, model) = ids.unwrap_or_default();
+            let guest =
+                entry.guest.as_deref().map_or_else(|| "any guest".into(), |guest| format!("guest {guest:?} only"));
+            let options = entry.options();
+            let comma = if options.is_empty() { "" } else { ", " };
+            log::info!("{}: {vendor:04x}:{model:04x} ready, for {guest}{comma}{options}", entry.sbdf);
+        }
+    }
+    for option in entry.not_yet() {
+        log::warn!("{}: {option} is understood but not in force in this version", entry.sbdf);
+    }
+}
+
+/// Whether a node of a backend folder is one that the toolstack changes; the others are our own.
+fn is_toolstacks(node: &str) -> bool {
+    !["vdev-", "root", "error"].iter().any(|own| node.starts_with(own))
+}

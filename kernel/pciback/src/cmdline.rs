@@ -1,0 +1,392 @@
+//! The domain's command line: which functions it owns, for whom, and how it may work.
+//!
+//! A word that is unknown or wrong is reported with its text and position, and the others still count.
+//! A `dev=` entry with one bad key is dropped whole: half an entry could give a device to the wrong
+//! guest.
+
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+use core::fmt;
+
+use log::LevelFilter;
+
+use crate::sbdf::Sbdf;
+
+/// What the command line asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Where configuration space is, by segment and bus.
+    pub ecam: Vec<EcamWindow>,
+    /// The functions this domain owns.
+    pub devices: Vec<DeviceConfig>,
+    /// How configuration space may be written.
+    pub mode: Mode,
+    /// What is logged.
+    pub log: LevelFilter,
+}
+
+/// One `ecam=` word: as a line of ACPI's MCFG table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EcamWindow {
+    /// PCI segment.
+    pub segment: u16,
+    /// First bus covered.
+    pub first_bus: u8,
+    /// Last bus covered.
+    pub last_bus: u8,
+    /// Physical address of bus 0 of the segment, also where bus 0 is not covered.
+    pub base: u64,
+}
+
+impl EcamWindow {
+    /// Frame number of the function's 4 KiB, if this window covers it.
+    pub fn frame(&self, sbdf: Sbdf) -> Option<u64> {
+        let covered = sbdf.segment() == self.segment && (self.first_bus..=self.last_bus).contains(&sbdf.bus());
+        if covered { Some((self.base >> 12) + u64::from(sbdf.ecam_index())) } else { None }
+    }
+}
+
+/// How configuration space may be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Find out. In this version: read-only, as nothing allows a write that Xen would not punish.
+    Auto,
+    /// The host runs with `mmcfg=0`: ECAM frames may be written.
+    Mmcfg0,
+    /// Never write.
+    ReadOnly,
+}
+
+/// How a function is reset between guests. In force with the next version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reset {
+    /// The first method that the function has.
+    Auto,
+    /// Function level reset (PCIe).
+    Flr,
+    /// Advanced Features reset.
+    Af,
+    /// D3hot and back.
+    Pm,
+    /// Secondary bus reset.
+    Bus,
+    /// None.
+    None,
+}
+
+/// One `dev=` word.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceConfig {
+    /// The function.
+    pub sbdf: Sbdf,
+    /// The only guest that may have it, by name; `None`: whom the tool attaches it to.
+    pub guest: Option<String>,
+    /// Vendor and device id it must have.
+    pub id: Option<(u16, u16)>,
+    /// Writes to registers without a rule pass.
+    pub permissive: bool,
+    /// Virtual slot.
+    pub slot: Option<u8>,
+    /// Reset method.
+    pub reset: Reset,
+    /// No reset, no exposure.
+    pub strict: bool,
+    /// Whether MSI is offered.
+    pub msi: bool,
+    /// Whether MSI-X is offered.
+    pub msix: bool,
+}
+
+impl DeviceConfig {
+    fn new(sbdf: Sbdf) -> DeviceConfig {
+        DeviceConfig {
+            sbdf,
+            guest: None,
+            id: None,
+            permissive: false,
+            slot: None,
+            reset: Reset::Auto,
+            strict: false,
+            msi: true,
+            msix: true,
+        }
+    }
+
+    /// The options that are in force, as text; empty if all are as by default.
+    pub fn options(&self) -> String {
+        let mut options = Vec::new();
+        if self.permissive {
+            options.push("permissive".to_string());
+        }
+        if let Some(slot) = self.slot {
+            options.push(alloc::format!("slot={slot:x}"));
+        }
+        options.join(",")
+    }
+
+    /// The options that were given and that this version does not act on yet.
+    pub fn not_yet(&self) -> Vec<&'static str> {
+        let given = [
+            (self.reset != Reset::Auto, "reset="),
+            (self.strict, "strict"),
+            (!self.msi, "msi=off"),
+            (!self.msix, "msix=off"),
+        ];
+        given.into_iter().filter(|(given, _)| *given).map(|(_, name)| name).collect()
+    }
+}
+
+/// A word that could not be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Complaint {
+    /// Byte position on the command line, from 0.
+    pub position: usize,
+    /// The word.
+    pub text: String,
+    /// What is wrong with it, and what would be right.
+    pub why: String,
+}
+
+impl fmt::Display for Complaint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "command line, byte {}: {:?}: {}", self.position, self.text, self.why)
+    }
+}
+
+/// Most functions one domain owns.
+pub const MAX_DEVICES: usize = 256;
+
+/// Reads a command line: what it asks for, and what in it could not be used.
+pub fn parse(line: &str) -> (Config, Vec<Complaint>) {
+    let mut config = Config { ecam: Vec::new(), devices: Vec::new(), mode: Mode::Auto, log: LevelFilter::Info };
+    let mut complaints = Vec::new();
+    let mut places: Vec<(usize, &str)> = Vec::new();
+    for (position, text) in words(line) {
+        let mut complain = |why: &str| {
+            complaints.push(Complaint { position, text: text.to_string(), why: why.to_string() });
+        };
+        let (key, value) = text.split_once('=').unwrap_or((text, ""));
+        match key {
+            "ecam" => match ecam(value) {
+                Ok(window) => config.ecam.push(window),
+                Err(why) => complain(why),
+            },
+            "dev" => match device(value) {
+                Ok(device) if config.devices.iter().any(|other| other.sbdf == device.sbdf) => {
+                    complain("this function was named before; the first entry counts");
+                }
+                Ok(_) if config.devices.len() >= MAX_DEVICES => {
+                    complain("more functions than one domain can own (256)");
+                }
+                Ok(device) => {
+                    config.devices.push(device);
+                    places.push((position, text));
+                }
+                Err(why) => complain(why),
+            },
+            "mode" => match value {
+                "auto" => config.mode = Mode::Auto,
+                "mmcfg0" => config.mode = Mode::Mmcfg0,
+                "read-only" => config.mode = Mode::ReadOnly,
+                "direct" | "delegated" => complain("not in this version; taken as mode=auto"),
+                _ => complain("no such mode: auto, mmcfg0 or read-only"),
+            },
+            "log" => match value {
+                "error" => config.log = LevelFilter::Error,
+                "warn" => config.log = LevelFilter::Warn,
+                "info" => config.log = LevelFilter::Info,
+                "debug" => config.log = LevelFilter::Debug,
+                "trace" => config.log = LevelFilter::Trace,
+                _ => complain("no such level: error, warn, info, debug or trace"),
+            },
+            "topology" => match value {
+                "vpci" => {}
+                "passthrough" => complain("not in this version; taken as topology=vpci"),
+                _ => complain("no such topology: vpci"),
+            },
+            _ => complain("unknown word: ecam=, dev=, mode=, log= and topology= are known"),
+        }
+    }
+    // Windows may stand behind the functions they cover.
+    let ecam = &config.ecam;
+    let mut place = places.into_iter();
+    config.devices.retain(|device| {
+        let (position, text) = place.next().unwrap_or((0, ""));
+        let covered = ecam.iter().any(|window| window.frame(device.sbdf).is_some());
+        if !covered {
+            complaints.push(Complaint {
+                position,
+                text: text.to_string(),
+                why: "no ecam= window covers this function; `xl-pciback config` prints the right one".to_string(),
+            });
+        }
+        covered
+    });
+    complaints.sort_by_key(|complaint| complaint.position);
+    (config, complaints)
+}
+
+/// The words of a line with their byte positions.
+fn words(line: &str) -> impl Iterator<Item = (usize, &str)> {
+    line.split_ascii_whitespace().map(move |word| (word.as_ptr() as usize - line.as_ptr() as usize, word))
+}
+
+/// `SSSS:BB-BB@BASE`, all hexadecimal.
+fn ecam(text: &str) -> Result<EcamWindow, &'static str> {
+    const WRONG: &str = "not of the form ecam=SSSS:BB-BB@BASE (hexadecimal), e.g. ecam=0000:00-ff@b0000000";
+    let (segment, rest) = text.split_once(':').ok_or(WRONG)?;
+    let (first, rest) = rest.split_once('-').ok_or(WRONG)?;
+    let (last, base) = rest.split_once('@').ok_or(WRONG)?;
+    let window = EcamWindow {
+        segment: hex(segment, 4).ok_or(WRONG)? as u16,
+        first_bus: hex(first, 2).ok_or(WRONG)? as u8,
+        last_bus: hex(last, 2).ok_or(WRONG)? as u8,
+        base: hex(base.strip_prefix("0x").unwrap_or(base), 16).ok_or(WRONG)?,
+    };
+    if window.first_bus > window.last_bus {
+        return Err("the first bus is above the last");
+    }
+    // One segment is 256 MiB, and physical addresses have at most 52 bits.
+    if !window.base.is_multiple_of(1 << 20) || window.base == 0 || window.base >= 1 << 52 {
+        return Err("the base must be the address of bus 0: a multiple of 1 MiB below 2^52, not 0");
+    }
+    Ok(window)
+}
+
+/// `SBDF[,key[=value]]...`
+fn device(text: &str) -> Result<DeviceConfig, &'static str> {
+    let mut fields = text.split(',');
+    let sbdf = fields.next().unwrap_or("").parse().map_err(|_| "not a PCI address of the form SSSS:BB:DD.F")?;
+    let mut device = DeviceConfig::new(sbdf);
+    for field in fields {
+        let (key, value) = field.split_once('=').map_or((field, None), |(key, value)| (key, Some(value)));
+        match (key, value) {
+            ("guest", Some(name)) if !name.is_empty() => device.guest = Some(name.to_string()),
+            ("guest", _) => return Err("guest= wants the guest's name"),
+            ("id", Some(id)) => {
+                let (vendor, model) = id.split_once(':').ok_or("id= wants VVVV:DDDD")?;
+                let vendor = hex(vendor, 4).ok_or("id= wants VVVV:DDDD")?;
+                let model = hex(model, 4).ok_or("id= wants VVVV:DDDD")?;
+                device.id = Some((vendor as u16, model as u16));
+            }
+            ("permissive", None) => device.permissive = true,
+            ("strict", None) => device.strict = true,
+            ("slot", Some(slot)) => {
+                let slot = hex(slot, 2).filter(|slot| *slot < 32).ok_or("slot= wants 0 to 1f (hexadecimal)")?;
+                device.slot = Some(slot as u8);
+            }
+            ("reset", Some(method)) => {
+                device.reset = match method {
+                    "auto" => Reset::Auto,
+                    "flr" => Reset::Flr,
+                    "af" => Reset::Af,
+                    "pm" => Reset::Pm,
+                    "bus" => Reset::Bus,
+                    "none" => Reset::None,
+                    _ => return Err("no such reset: auto, flr, af, pm, bus or none"),
+                }
+            }
+            ("msi", Some("off")) => device.msi = false,
+            ("msix", Some("off")) => device.msix = false,
+            _ => {
+                return Err(
+                    "unknown key: guest=, id=, permissive, slot=, reset=, strict, msi=off and msix=off are known",
+                );
+            }
+        }
+    }
+    Ok(device)
+}
+
+/// A hexadecimal number of 1 to `digits` digits and nothing else.
+fn hex(text: &str, digits: usize) -> Option<u64> {
+    let plain = !text.is_empty() && text.len() <= digits && text.bytes().all(|b| b.is_ascii_hexdigit());
+    if plain { u64::from_str_radix(text, 16).ok() } else { None }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_whole_line_is_understood() {
+        let (config, complaints) = parse(
+            "dev=0000:01:00.0,guest=db1,id=1b36:0010 ecam=0000:00-ff@b0000000  dev=00:05.0,permissive,slot=1f mode=mmcfg0 log=debug topology=vpci",
+        );
+        assert_eq!(complaints, []);
+        assert_eq!(config.mode, Mode::Mmcfg0);
+        assert_eq!(config.log, LevelFilter::Debug);
+        assert_eq!(config.devices[0].guest.as_deref(), Some("db1"));
+        assert_eq!(config.devices[0].id, Some((0x1b36, 0x0010)));
+        assert_eq!(config.devices[1].options(), "permissive,slot=1f");
+        assert_eq!(config.ecam[0].frame(config.devices[0].sbdf), Some(0xb0100));
+        assert_eq!(config.ecam[0].frame(config.devices[1].sbdf), Some(0xb0028));
+    }
+
+    #[test]
+    fn wrong_words_are_named_with_their_place_and_the_right_ones_count() {
+        let line = "ecam=0000:00-ff@b0000000 blah dev=01:00.9 dev=01:00.0 dev=01:00.0,permissive log=loud dev=02:00.0,slot=20 dev=0001:01:00.0 mode=direct";
+        let (config, complaints) = parse(line);
+        let told: Vec<_> = complaints.iter().map(|c| (c.position, c.text.as_str())).collect();
+        let texts = [
+            "blah",
+            "dev=01:00.9",
+            "dev=01:00.0,permissive",
+            "log=loud",
+            "dev=02:00.0,slot=20",
+            "dev=0001:01:00.0",
+            "mode=direct",
+        ];
+        assert_eq!(told, texts.map(|text| (line.find(text).expect("in the line"), text)));
+        assert_eq!(config.devices.len(), 1);
+        assert!(!config.devices[0].permissive);
+        assert_eq!((config.mode, config.log), (Mode::Auto, LevelFilter::Info));
+    }
+
+    #[test]
+    fn an_entry_with_one_bad_key_is_dropped_whole() {
+        for entry in ["guest=", "guest", "id=1b36", "permissive=1", "colour=red", "reset=maybe", "msi=on", ""] {
+            let (config, complaints) = parse(&alloc::format!("ecam=0000:00-ff@b0000000 dev=01:00.0,{entry}"));
+            assert_eq!((config.devices.len(), complaints.len()), (0, 1), "{entry}");
+        }
+    }
+
+    #[test]
+    fn windows_are_checked_and_limited_to_their_buses() {
+        for text in [
+            "",
+            "0000:00-ff",
+            "0000:20-10@b0000000",
+            "0000:00-ff@b0000001",
+            "0000:00-ff@0",
+            "0:0-0@+1",
+            "0000:00-ff@ffffffffffff00000",
+        ] {
+            assert!(ecam(text).is_err(), "{text}");
+        }
+        let window = ecam("0002:40-7f@0x8000000000").expect("right");
+        assert_eq!(window.frame("0002:40:00.0".parse().expect("address")), Some(0x800_4000));
+        assert_eq!(window.frame("0002:3f:00.0".parse().expect("address")), None);
+        assert_eq!(window.frame("0000:40:00.0".parse().expect("address")), None);
+    }
+
+    #[test]
+    fn options_that_wait_for_the_next_version_are_told() {
+        let (config, _) = parse("ecam=0000:00-ff@b0000000 dev=01:00.0,reset=flr,strict,msi=off,msix=off");
+        assert_eq!(config.devices[0].not_yet(), ["reset=", "strict", "msi=off", "msix=off"]);
+    }
+
+    #[test]
+    fn no_line_of_bytes_makes_it_stop() {
+        let mut seed = 1u32;
+        for _ in 0..2000 {
+            let line: String = (0..40)
+                .map(|_| {
+                    seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                    b"dev=0:1,.ecam@-ff guestid\xff"[(seed >> 24) as usize % 25] as char
+                })
+                .collect();
+            let _ = parse(&line);
+        }
+    }
+}

@@ -1,0 +1,352 @@
+//! The table of one function's registers: every byte of its 4 KiB belongs to exactly one entry.
+//! The header comes from the PCI Local Bus Specification 3.0, section 6.1 (header type 0); the
+//! capabilities come from a bounded walk of the device's list; what is left is [`Name::Raw`].
+//! The device is trusted no further than its bytes: a list that loops, points outside 0x40..0xff or
+//! puts two capabilities on one place still gives a table without gaps and overlaps.
+
+use alloc::vec::Vec;
+
+use crate::platform::{ConfigSpace, Width};
+
+/// Bytes of a function's configuration space.
+pub const SPACE: u16 = 0x1000;
+/// First byte behind the conventional 256: extended capabilities start here.
+pub const EXTENDED: u16 = 0x100;
+/// First byte behind the header: capabilities live from here to [`EXTENDED`].
+pub const HEADER_END: u16 = 0x40;
+/// What a vendor register reads where no function answers.
+pub const NO_VENDOR: u16 = 0xffff;
+
+/// Offsets of the header's registers.
+pub mod offset {
+    /// Vendor id.
+    pub const VENDOR: u16 = 0x00;
+    /// Device id.
+    pub const DEVICE: u16 = 0x02;
+    /// Command.
+    pub const COMMAND: u16 = 0x04;
+    /// Status.
+    pub const STATUS: u16 = 0x06;
+    /// Header type and the multifunction bit.
+    pub const HEADER_TYPE: u16 = 0x0e;
+    /// Built-in self test.
+    pub const BIST: u16 = 0x0f;
+    /// The first of six base address registers.
+    pub const BAR0: u16 = 0x10;
+    /// Expansion ROM base address.
+    pub const ROM: u16 = 0x30;
+    /// Pointer to the first capability.
+    pub const CAPABILITIES: u16 = 0x34;
+    /// Interrupt pin.
+    pub const INTERRUPT_PIN: u16 = 0x3d;
+}
+
+/// Bits of the Command register.
+pub mod command {
+    /// The function answers to I/O addresses.
+    pub const IO: u16 = 1 << 0;
+    /// The function answers to memory addresses.
+    pub const MEMORY: u16 = 1 << 1;
+    /// The function may start transactions.
+    pub const MASTER: u16 = 1 << 2;
+    /// The function listens to special cycles.
+    pub const SPECIAL: u16 = 1 << 3;
+    /// Memory write and invalidate.
+    #[doc(alias = "PCI_COMMAND_INVALIDATE")]
+    pub const MWI: u16 = 1 << 4;
+    /// VGA palette snooping.
+    pub const VGA: u16 = 1 << 5;
+    /// Address and data stepping.
+    pub const WAIT: u16 = 1 << 7;
+    /// Fast back-to-back transactions.
+    pub const FAST_BACK: u16 = 1 << 9;
+    /// The function does not assert its interrupt pin.
+    pub const INTX_DISABLE: u16 = 1 << 10;
+
+    /// Address decoding of both kinds.
+    pub const DECODE: u16 = IO | MEMORY;
+    /// Bits that every guest controls in the device.
+    pub const GUEST: u16 = MASTER | MWI;
+    /// Bits that a permissive guest controls besides.
+    pub const PERMISSIVE: u16 = SPECIAL | VGA | WAIT | FAST_BACK;
+    /// Bits a guest reads from the device; it reads the others as it wrote them.
+    #[doc(alias = "PCI_COMMAND_GUEST")]
+    pub const FROM_HARDWARE: u16 = GUEST | PERMISSIVE;
+    const _: () = assert!(FROM_HARDWARE == 0x2bc);
+}
+
+/// Status bit: the function has a capability list.
+pub const STATUS_CAPABILITIES: u16 = 1 << 4;
+/// Header type bit: the device has more than one function.
+pub const MULTIFUNCTION: u8 = 1 << 7;
+/// BIST bit: start the test.
+pub const BIST_START: u8 = 1 << 6;
+
+/// Bits of the power management registers (PCI Power Management 1.2, section 3.2).
+pub mod power {
+    /// PMC: the states from which the function can wake the system.
+    pub const PME_SUPPORT: u16 = 0xf800;
+    /// PMCSR: the power state.
+    pub const STATE: u16 = 0x0003;
+    /// PMCSR: wake signals are on.
+    pub const PME_ENABLE: u16 = 1 << 8;
+    /// PMCSR: what the data register shows.
+    pub const DATA_SELECT: u16 = 0x1e00;
+    /// PMCSR: a wake event is pending; writing 1 clears it.
+    pub const PME_STATUS: u16 = 1 << 15;
+}
+
+/// VPD address bit: set starts a write into the device's storage.
+pub const VPD_WRITE: u16 = 1 << 15;
+/// MSI control bit: the message address has 64 bits.
+pub const MSI_64: u16 = 1 << 7;
+/// MSI control bit: the capability has mask and pending registers.
+pub const MSI_MASKABLE: u16 = 1 << 8;
+
+/// Capability ids with registers of their own in the table.
+pub mod capability {
+    /// Power management.
+    pub const POWER: u8 = 0x01;
+    /// Vital product data.
+    pub const VPD: u8 = 0x03;
+    /// Message signalled interrupts.
+    pub const MSI: u8 = 0x05;
+    /// MSI-X.
+    pub const MSIX: u8 = 0x11;
+}
+
+/// The register an entry of the table stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Name {
+    /// Vendor id.
+    Vendor,
+    /// Device id.
+    Device,
+    /// Command.
+    Command,
+    /// Status.
+    Status,
+    /// Revision and class code.
+    Class,
+    /// Cache line size.
+    CacheLine,
+    /// Latency timer.
+    Latency,
+    /// Header type.
+    HeaderType,
+    /// Built-in self test.
+    Bist,
+    /// Base address register 0 to 5.
+    Bar(u8),
+    /// Cardbus CIS pointer.
+    CardbusCis,
+    /// Subsystem vendor and id.
+    Subsystem,
+    /// Expansion ROM base address.
+    Rom,
+    /// Pointer to the first capability.
+    CapabilityPointer,
+    /// Bytes 0x35 to 0x3b.
+    Reserved,
+    /// Interrupt line.
+    InterruptLine,
+    /// Interrupt pin.
+    InterruptPin,
+    /// Minimum grant and maximum latency.
+    Timing,
+    /// Id and next pointer of the capability with this id.
+    CapabilityHeader(u8),
+    /// Power management capabilities (PMC).
+    PowerCapabilities,
+    /// Power management control and status (PMCSR).
+    PowerControl,
+    /// Bridge support extensions and data, behind PMCSR.
+    PowerData,
+    /// VPD address.
+    VpdAddress,
+    /// VPD data.
+    VpdData,
+    /// MSI message control.
+    MsiControl,
+    /// MSI address, data, mask and pending bits.
+    MsiMessage,
+    /// MSI-X message control.
+    MsixControl,
+    /// MSI-X table and pending-bit-array location.
+    MsixLocation,
+    /// Everything else, in the first 256 bytes and behind them.
+    Raw,
+}
+
+/// Who may write a register.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rule {
+    /// Nobody; a write that would change it is reported as dropped.
+    ReadOnly,
+    /// Nobody; guests write it as routine, so a write is not worth a report.
+    Ignored,
+    /// A permissive guest writes the device, another guest's write is dropped.
+    Permissive,
+    /// The register's own code in `VirtualConfig` decides.
+    Own,
+}
+
+/// One entry of the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Register {
+    /// Which register.
+    pub name: Name,
+    /// First byte.
+    pub offset: u16,
+    /// Number of bytes, at least one.
+    pub length: u16,
+    /// Who may write it.
+    pub rule: Rule,
+    /// Why that rule.
+    pub reason: &'static str,
+}
+
+impl Register {
+    /// The first byte behind the register.
+    pub const fn end(&self) -> u16 {
+        self.offset + self.length
+    }
+}
+
+const fn entry(offset: u16, length: u16, name: Name, rule: Rule, reason: &'static str) -> Register {
+    Register { name, offset, length, rule, reason }
+}
+
+const BAR: &str = "shows the resource list; a guest sizes it and never moves it";
+const IDENTITY: &str = "says what the device is";
+
+/// The 64 bytes of a type 0 header.
+#[rustfmt::skip]
+const HEADER: [Register; 23] = [
+    entry(0x00, 2, Name::Vendor, Rule::ReadOnly, IDENTITY),
+    entry(0x02, 2, Name::Device, Rule::ReadOnly, IDENTITY),
+    entry(0x04, 2, Name::Command, Rule::Own, "decoding never goes off under the host's feet (XSA-120, XSA-126)"),
+    entry(0x06, 2, Name::Status, Rule::Permissive, "error bits are the host's evidence; writing 1 clears them"),
+    entry(0x08, 4, Name::Class, Rule::ReadOnly, IDENTITY),
+    entry(0x0c, 1, Name::CacheLine, Rule::Own, "goes to the device: memory write and invalidate needs it"),
+    entry(0x0d, 1, Name::Latency, Rule::Ignored, "shares the bus among its devices: the host's choice"),
+    entry(0x0e, 1, Name::HeaderType, Rule::ReadOnly, "the multifunction bit tells of the guest's slot, not the host's"),
+    entry(0x0f, 1, Name::Bist, Rule::Own, "a guest may start the self test and nothing else"),
+    entry(0x10, 4, Name::Bar(0), Rule::Own, BAR),
+    entry(0x14, 4, Name::Bar(1), Rule::Own, BAR),
+    entry(0x18, 4, Name::Bar(2), Rule::Own, BAR),
+    entry(0x1c, 4, Name::Bar(3), Rule::Own, BAR),
+    entry(0x20, 4, Name::Bar(4), Rule::Own, BAR),
+    entry(0x24, 4, Name::Bar(5), Rule::Own, BAR),
+    entry(0x28, 4, Name::CardbusCis, Rule::ReadOnly, IDENTITY),
+    entry(0x2c, 4, Name::Subsystem, Rule::ReadOnly, IDENTITY),
+    entry(0x30, 4, Name::Rom, Rule::Own, BAR),
+    entry(0x34, 1, Name::CapabilityPointer, Rule::ReadOnly, IDENTITY),
+    entry(0x35, 7, Name::Reserved, Rule::ReadOnly, "reserved by the specification"),
+    entry(0x3c, 1, Name::InterruptLine, Rule::Ignored, "reads the guest's pirq; firmware's notepad otherwise"),
+    entry(0x3d, 1, Name::InterruptPin, Rule::ReadOnly, IDENTITY),
+    entry(0x3e, 2, Name::Timing, Rule::ReadOnly, IDENTITY),
+];
+
+/// Capabilities a list can hold: 48 dwords lie between the header and the end.
+const MOST_CAPABILITIES: usize = ((EXTENDED - HEADER_END) / 4) as usize;
+
+/// A capability found by the walk.
+#[derive(Clone, Copy, Default)]
+struct Found {
+    offset: u16,
+    id: u8,
+}
+
+/// The capabilities of the device by ascending offset, each offset once.
+fn walk<C: ConfigSpace>(hardware: &C) -> Vec<Found> {
+    let mut found: Vec<Found> = Vec::with_capacity(MOST_CAPABILITIES);
+    if hardware.read(offset::STATUS, Width::Word) as u16 & STATUS_CAPABILITIES == 0 {
+        return found;
+    }
+    let mut at = pointer(hardware.read(offset::CAPABILITIES, Width::Byte));
+    while found.len() < MOST_CAPABILITIES && at >= HEADER_END && !found.iter().any(|seen| seen.offset == at) {
+        let header = hardware.read(at, Width::Word);
+        if header & 0xffff == 0xffff {
+            break;
+        }
+        found.push(Found { offset: at, id: header as u8 });
+        at = pointer(header >> 8);
+    }
+    found.sort_unstable_by_key(|capability| capability.offset);
+    found
+}
+
+/// A list pointer: one byte whose low two bits are reserved.
+fn pointer(byte: u32) -> u16 {
+    (byte & 0xfc) as u16
+}
+
+/// The table of `hardware`, a function with a type 0 header.
+pub fn table<C: ConfigSpace>(hardware: &C) -> Vec<Register> {
+    let found = walk(hardware);
+    let mut table = Vec::with_capacity(HEADER.len() + 5 * found.len() + 2);
+    table.extend_from_slice(&HEADER);
+    for (index, capability) in found.iter().enumerate() {
+        // The next capability's start clips this one. Starts are dwords, so what has code of its own
+        // (all within a dword) is there as a whole or not at all.
+        let limit = found.get(index + 1).map_or(EXTENDED, |next| next.offset);
+        raw_up_to(&mut table, capability.offset);
+        push_capability(&mut table, hardware, *capability, limit);
+    }
+    raw_up_to(&mut table, EXTENDED);
+    raw_up_to(&mut table, SPACE);
+    table
+}
+
+fn raw_up_to(table: &mut Vec<Register>, end: u16) {
+    let start = table.last().map_or(0, Register::end);
+    if start < end {
+        let reason = "nobody knows what it does: only for guests trusted with the device";
+        table.push(entry(start, end - start, Name::Raw, Rule::Permissive, reason));
+    }
+}
+
+/// Appends the registers of one capability, those that start before `limit`.
+fn push_capability<C: ConfigSpace>(table: &mut Vec<Register>, hardware: &C, capability: Found, limit: u16) {
+    let mut push = |at: u16, length: u16, name: Name, rule: Rule, reason: &'static str| {
+        let start = capability.offset + at;
+        if start < limit {
+            table.push(entry(start, length.min(limit - start), name, rule, reason));
+        }
+    };
+    push(0, 2, Name::CapabilityHeader(capability.id), Rule::ReadOnly, "the list is the device's");
+    match capability.id {
+        capability::POWER => {
+            push(2, 2, Name::PowerCapabilities, Rule::ReadOnly, "wake events are the host's, so none is offered");
+            push(4, 2, Name::PowerControl, Rule::Own, "a guest chooses the power state and never turns on wake events");
+            push(6, 2, Name::PowerData, Rule::ReadOnly, IDENTITY);
+        }
+        capability::VPD => {
+            push(2, 2, Name::VpdAddress, Rule::Own, "starts a read; a write would outlive the guest");
+            push(4, 4, Name::VpdData, Rule::ReadOnly, "data of a write that is not allowed");
+        }
+        capability::MSI => {
+            let control = hardware.read(capability.offset + 2, Width::Word) as u16;
+            push(2, 2, Name::MsiControl, Rule::Own, "on and off are operations of the protocol");
+            push(4, msi_length(control) - 4, Name::MsiMessage, Rule::ReadOnly, MESSAGE);
+        }
+        capability::MSIX => {
+            push(2, 2, Name::MsixControl, Rule::Own, "on and off are operations of the protocol");
+            push(4, 8, Name::MsixLocation, Rule::ReadOnly, IDENTITY);
+        }
+        _ => {}
+    }
+}
+
+const MESSAGE: &str = "where interrupts go is Xen's (XSA-128)";
+
+/// Bytes of an MSI capability with this control register.
+const fn msi_length(control: u16) -> u16 {
+    match (control & MSI_64 != 0, control & MSI_MASKABLE != 0) {
+        (false, false) => 0x0a,
+        (true, false) => 0x0e,
+        (false, true) => 0x14,
+        (true, true) => 0x18,
+    }
+}

@@ -1,0 +1,1 @@
+//! Tests of the virtual configuration space against a model of a device.

@@ -1,0 +1,179 @@
+//! xenstore node names, states and number formats, exactly as the toolstack and the frontends have
+//! them. What a frontend writes is guest-controlled: numbers are parsed strictly.
+
+use alloc::format;
+use alloc::string::String;
+
+use crate::platform::{DomId, Store, StoreError};
+use crate::sbdf::Sbdf;
+
+/// Below the own domain's directory: one folder a frontend domain.
+pub const BACKEND: &str = "backend/pci";
+/// Below the own domain's directory: what this domain says of itself.
+pub const PUBLISHED: &str = "data/pciback";
+
+/// `enum xenbus_state` of `xen/io/xenbus.h`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum XenbusState {
+    /// Not a state.
+    Unknown = 0,
+    /// Made by the toolstack.
+    Initialising = 1,
+    /// The backend is there.
+    InitWait = 2,
+    /// Ready to connect.
+    Initialised = 3,
+    /// Connected.
+    Connected = 4,
+    /// Going away.
+    Closing = 5,
+    /// Gone.
+    Closed = 6,
+    /// The set of functions changes.
+    Reconfiguring = 7,
+    /// The set of functions has changed.
+    Reconfigured = 8,
+}
+
+impl XenbusState {
+    /// The state a node's text names.
+    pub fn parse(text: &str) -> XenbusState {
+        match text {
+            "1" => XenbusState::Initialising,
+            "2" => XenbusState::InitWait,
+            "3" => XenbusState::Initialised,
+            "4" => XenbusState::Connected,
+            "5" => XenbusState::Closing,
+            "6" => XenbusState::Closed,
+            "7" => XenbusState::Reconfiguring,
+            "8" => XenbusState::Reconfigured,
+            _ => XenbusState::Unknown,
+        }
+    }
+
+    /// As a node's text.
+    pub fn text(self) -> &'static str {
+        match self {
+            XenbusState::Unknown => "0",
+            XenbusState::Initialising => "1",
+            XenbusState::InitWait => "2",
+            XenbusState::Initialised => "3",
+            XenbusState::Connected => "4",
+            XenbusState::Closing => "5",
+            XenbusState::Closed => "6",
+            XenbusState::Reconfiguring => "7",
+            XenbusState::Reconfigured => "8",
+        }
+    }
+}
+
+/// A decimal number: digits only, no sign, no blanks, at most ten digits.
+pub fn decimal(text: &str) -> Option<u32> {
+    let plain = !text.is_empty() && text.len() <= 10 && text.bytes().all(|b| b.is_ascii_digit());
+    if plain { text.parse().ok() } else { None }
+}
+
+/// Reads a state; a node that is missing is `None`.
+///
+/// # Errors
+/// Any error but [`StoreError::NotFound`].
+pub fn read_state<S: Store>(store: &mut S, path: &str) -> Result<Option<XenbusState>, StoreError> {
+    match store.read(None, path) {
+        Ok(text) => Ok(Some(XenbusState::parse(&text))),
+        Err(StoreError::NotFound) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// One frontend device: the guest and its device id, and the two folders that follow from them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Link {
+    /// The guest.
+    pub frontend: DomId,
+    /// libxl always uses 0.
+    pub devid: u16,
+}
+
+impl Link {
+    /// The link of path parts `<frontend>/<devid>`.
+    pub fn parse(frontend: &str, devid: &str) -> Option<Link> {
+        // Domain numbers from 0x7ff0 are reserved (xen.h, DOMID_FIRST_RESERVED).
+        let frontend = decimal(frontend).filter(|number| *number < 0x7ff0)?;
+        Some(Link { frontend: frontend as DomId, devid: u16::try_from(decimal(devid)?).ok()? })
+    }
+
+    /// A node of the backend's folder, relative to the own domain's directory.
+    pub fn back(self, node: &str) -> String {
+        format!("{BACKEND}/{}/{}/{node}", self.frontend, self.devid)
+    }
+
+    /// The backend's folder.
+    pub fn back_folder(self) -> String {
+        format!("{BACKEND}/{}/{}", self.frontend, self.devid)
+    }
+
+    /// A node of the frontend's folder.
+    pub fn front(self, node: &str) -> String {
+        format!("{}/{node}", self.front_folder())
+    }
+
+    /// The frontend's folder.
+    pub fn front_folder(self) -> String {
+        format!("/local/domain/{}/device/pci/{}", self.frontend, self.devid)
+    }
+
+    /// Token of the watch on the frontend's state.
+    pub fn token(self) -> String {
+        format!("front/{}/{}", self.frontend, self.devid)
+    }
+
+    /// The link of a token that [`Link::token`] made.
+    pub fn of_token(token: &str) -> Option<Link> {
+        let (frontend, devid) = token.strip_prefix("front/")?.split_once('/')?;
+        Link::parse(frontend, devid)
+    }
+}
+
+/// Text of `vdev-N`: the function has two digits.
+pub fn vdev(devfn: u8) -> String {
+    format!("0000:00:{:02x}.{:02x}", devfn >> 3, devfn & 7)
+}
+
+/// A node of the folder in which the state of a function is published.
+pub fn published(sbdf: Sbdf, node: &str) -> String {
+    format!("{PUBLISHED}/device/{sbdf}/{node}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn formats_are_those_that_pcifront_and_libxl_read() {
+        let link = Link { frontend: 7, devid: 0 };
+        assert_eq!(link.back("state"), "backend/pci/7/0/state");
+        assert_eq!(link.front("state"), "/local/domain/7/device/pci/0/state");
+        assert_eq!(Link::of_token(&link.token()), Some(link));
+        assert_eq!(vdev(0xfd), "0000:00:1f.05");
+    }
+
+    #[test]
+    fn numbers_and_links_are_strict() {
+        for text in ["", "-1", "+1", " 1", "1 ", "0x1", "99999999999", "4294967296"] {
+            assert_eq!(decimal(text), None, "{text}");
+        }
+        assert_eq!(decimal("4294967295"), Some(u32::MAX));
+        assert_eq!(Link::parse("32752", "0"), None);
+        assert_eq!(Link::parse("1", "65536"), None);
+        assert_eq!(Link::of_token("front/1"), None);
+    }
+
+    #[test]
+    fn states_read_back() {
+        for number in 1..=8 {
+            let text = format!("{number}");
+            assert_eq!(XenbusState::parse(&text).text(), text);
+        }
+        assert_eq!(XenbusState::parse("04"), XenbusState::Unknown);
+    }
+}

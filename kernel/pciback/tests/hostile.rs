@@ -1,0 +1,155 @@
+//! A guest that does not play by the rules: it must get errors, and nobody else may notice.
+
+mod model;
+
+use model::boot;
+use pciback::wire::{PCIF_ACTIVE, RawRequest};
+
+const ONE: &str = "dev=0000:01:00.0";
+const NIC: &str = "0000:01:00.0";
+
+/// XSA-155: the request is read once; what the guest changes afterwards has no effect.
+#[test]
+fn a_request_changed_while_it_is_carried_out_has_no_effect() {
+    let mut rig = boot(ONE);
+    let mut guest = rig.attach(1, &[NIC]);
+    guest.connect(&mut rig);
+    *guest.page.during.borrow_mut() = Some(Box::new(|page| {
+        page.request.set(RawRequest { cmd: 1, offset: 4, size: 2, value: 0, ..Default::default() });
+    }));
+    assert_eq!(guest.read(&mut rig, 0, 0, 4), Ok(0x100e_8086));
+    assert_eq!(guest.page.request_reads.get(), 1);
+    assert!(rig.hardware(NIC).writes.borrow().is_empty());
+}
+
+/// pcifront gives up after two seconds and takes the request back: a late answer must not reach the
+/// next request.
+#[test]
+fn a_late_answer_does_not_touch_the_page() {
+    let mut rig = boot(ONE);
+    let mut guest = rig.attach(1, &[NIC]);
+    guest.connect(&mut rig);
+    *guest.page.during.borrow_mut() = Some(Box::new(|page| page.flags.set(page.flags.get() & !PCIF_ACTIVE)));
+    guest.page.flags.set(PCIF_ACTIVE | 2);
+    let port = rig.world.local.borrow()[&(1, guest.ring.1)];
+    rig.world.pending.borrow_mut().insert(port);
+    rig.settle();
+    assert_eq!(guest.page.reply.take(), None);
+    assert!(rig.world.notified.borrow().is_empty());
+    *guest.page.during.borrow_mut() = None;
+    assert_eq!(guest.read(&mut rig, 0, 0, 2), Ok(0x8086));
+}
+
+/// XSA-332 and plain greed: a guest that always has a request ready gets its turn and no more.
+#[test]
+fn a_guest_that_never_stops_asking_does_not_starve_the_others() {
+    let mut rig = boot("dev=0000:01:00.0 dev=0000:02:00.0");
+    let mut greedy = rig.attach(1, &[NIC]);
+    greedy.connect(&mut rig);
+    let mut modest = rig.attach(2, &["0000:02:00.0"]);
+    modest.connect(&mut rig);
+    greedy.page.request.set(RawRequest { size: 4, ..Default::default() });
+    greedy.page.flags.set(PCIF_ACTIVE | 2);
+    // Each answer meets the next request: the flag is set again at once.
+    *greedy.page.during.borrow_mut() = Some(Box::new(|page| page.flags.set(PCIF_ACTIVE | 2)));
+    modest.page.request.set(RawRequest { size: 4, ..Default::default() });
+    modest.page.flags.set(PCIF_ACTIVE | 2);
+    for guest in [&greedy, &modest] {
+        let port = rig.world.local.borrow()[&(guest.id, guest.ring.1)];
+        rig.world.pending.borrow_mut().insert(port);
+    }
+    assert!(rig.serve());
+    assert!(modest.page.reply.take().is_some());
+    assert!(greedy.page.request_reads.get() <= 8);
+}
+
+#[test]
+fn events_without_a_request_cost_nothing() {
+    let mut rig = boot(ONE);
+    let mut guest = rig.attach(1, &[NIC]);
+    guest.connect(&mut rig);
+    let port = rig.world.local.borrow()[&(1, guest.ring.1)];
+    let operations = rig.world.operations.get();
+    for _ in 0..1000 {
+        rig.world.pending.borrow_mut().insert(port);
+        rig.settle();
+    }
+    assert_eq!(rig.world.operations.get(), operations);
+    assert!(rig.world.notified.borrow().is_empty());
+    assert_eq!(guest.page.request_reads.get(), 0);
+}
+
+#[test]
+fn every_operation_number_gets_an_answer_and_nothing_but_the_card_is_touched() {
+    let mut rig = boot(ONE);
+    let mut guest = rig.attach(1, &[NIC]);
+    guest.connect(&mut rig);
+    let cases =
+        [(2, -4), (3, 0), (4, -4), (5, 0), (6, -4), (7, -4), (8, -4), (9, -4), (10, -4), (11, -4), (u32::MAX, -4)];
+    for (cmd, err) in cases {
+        for value in [0, 1, 128, 129, u32::MAX] {
+            let reply = guest.request(&mut rig, RawRequest { cmd, value, ..Default::default() });
+            assert_eq!(reply.err, err, "operation {cmd}");
+            assert_eq!(reply.value, if err == 0 { 21 } else { 0 });
+            let reply = guest.request(&mut rig, RawRequest { cmd, devfn: 0x100, value, ..Default::default() });
+            assert_eq!(reply.err, -1, "operation {cmd} on no function");
+        }
+    }
+    assert!(rig.hardware(NIC).writes.borrow().is_empty());
+}
+
+/// XSA-128 and reference bugs: negative, unaligned and far offsets.
+#[test]
+fn no_offset_or_size_outside_the_rules_reaches_anything() {
+    let mut rig = boot(ONE);
+    let mut guest = rig.attach(1, &[NIC]);
+    guest.connect(&mut rig);
+    let before = rig.hardware(NIC).bytes.borrow().clone();
+    for (offset, size) in [
+        (0, 0),
+        (0, 3),
+        (0, 8),
+        (0, -1),
+        (0, i32::MIN),
+        (-1, 1),
+        (-4, 4),
+        (4096, 1),
+        (4096, 4),
+        (4095, 2),
+        (6, 4),
+        (0xfe, 4),
+        (5, 2),
+        (i32::MIN, 4),
+        (i32::MAX, 1),
+        (-4096, 4),
+    ] {
+        assert_eq!(guest.read(&mut rig, 0, offset, size), Err(-2), "{offset} {size}");
+        assert_eq!(guest.write(&mut rig, 0, offset, size, u32::MAX), -2, "{offset} {size}");
+    }
+    assert_eq!(*rig.hardware(NIC).bytes.borrow(), before);
+    assert_eq!(guest.read(&mut rig, 0, 4092, 4), Ok(0));
+}
+
+/// XSA-349: a guest writes its state node as fast as it can.
+#[test]
+fn a_storm_of_state_changes_costs_bounded_work_each_and_harms_nobody() {
+    let mut rig = boot("dev=0000:01:00.0 dev=0000:02:00.0");
+    let mut good = rig.attach(2, &["0000:02:00.0"]);
+    good.connect(&mut rig);
+    let mut bad = rig.attach(1, &[NIC]);
+    let mut seed = 7u32;
+    for _ in 0..2000 {
+        seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let before = rig.world.operations.get();
+        bad.set_front("state", &(seed >> 24).wrapping_rem(10).to_string());
+        rig.settle();
+        assert!(rig.world.operations.get() - before < 400, "{}", rig.world.operations.get() - before);
+    }
+    assert_eq!(good.read(&mut rig, 0, 0, 2), Ok(0x8086));
+    bad.set_front("state", "6");
+    rig.settle();
+    bad.connect(&mut rig);
+    assert_eq!(bad.read(&mut rig, 0, 0, 2), Ok(0x8086));
+    bad.destroy(&mut rig);
+    assert_eq!((rig.world.mapped.get(), rig.world.bound.get()), (1, 1));
+}

@@ -1,0 +1,357 @@
+//! The machine as the backend sees it: `pciback`'s traits over Xen. No decisions here.
+
+use alloc::format;
+use alloc::rc::Rc;
+use alloc::string::String;
+use alloc::vec::Vec;
+use core::sync::atomic::Ordering;
+
+use pciback::cmdline::{Config, EcamWindow, Mode};
+use pciback::platform::{
+    Channel, ConfigSpace, ConnectError, DomId, Nanos, Platform, Port, SharedPage, Store, StoreError, Transaction,
+    Width, WritesOff,
+};
+use pciback::sbdf::Sbdf;
+use pciback::wire::{PCIF_ACTIVE, RawReply, RawRequest, offset};
+use xen_guest::abi::PAGE_SIZE;
+use xen_guest::clock;
+use xen_guest::console::Console;
+use xen_guest::evtchn::{self, BoundPort, Pending};
+use xen_guest::grant::{self, Mapping, Window};
+use xen_guest::memory::{self as xen_memory, Param};
+use xen_guest::page::Page;
+use xen_guest::sched::{self, POLL_PORTS};
+use xen_guest::store::{Client, Error, Transport};
+
+use crate::memory::{AddressSpace, MapError, Use};
+use crate::{fatal, logger};
+
+/// Frames of the window for the shared info page (the first) and for grants (the others).
+const WINDOW_FRAMES: u64 = 512;
+const WINDOW_BYTES: u64 = WINDOW_FRAMES * PAGE_SIZE;
+
+/// Event channels that are no frontend's.
+const OWN_PORTS: usize = 2;
+
+/// Everything Xen gave this domain.
+pub struct Machine {
+    space: AddressSpace,
+    shared: Page,
+    pending: Pending,
+    grants: Window,
+    store: XenStore,
+    store_port: u32,
+    console_port: u32,
+    /// One clone an open frontend channel.
+    channels: Rc<()>,
+    ecam: Vec<EcamWindow>,
+    writable: bool,
+}
+
+impl Machine {
+    /// Connects to Xen: shared info, console, xenstore.
+    ///
+    /// What fails here leaves nothing to run with, so it ends the domain with the reason.
+    pub fn new(mut space: AddressSpace, ram_end: u64, config: &Config) -> Machine {
+        let window = free_window(ram_end, config);
+        for frame in 0..WINDOW_FRAMES {
+            must(space.map(window + frame * PAGE_SIZE, Use::Data), "mapping the grant window");
+        }
+        // SAFETY: the window is behind all RAM and clear of every device frame.
+        must(unsafe { xen_memory::map_shared_info(window / PAGE_SIZE) }, "XENMEM_add_to_physmap(shared_info)");
+        // SAFETY: mapped just now, and for good.
+        let shared = unsafe { Page::new(window as *mut u8) };
+        let pending = Pending::new(shared);
+        // SAFETY: the rest of the window is free and mapped one to one.
+        let grants = unsafe { Window::new(window + PAGE_SIZE, WINDOW_FRAMES - 1) };
+
+        let console = ring(&mut space, Param::ConsolePfn, "console");
+        let console_port = port(Param::ConsoleEvtchn, "console");
+        logger::use_console(Console::new(console, console_port));
+
+        let page = ring(&mut space, Param::StorePfn, "xenstore");
+        let store_port = port(Param::StoreEvtchn, "xenstore");
+        let store = XenStore(Client::new(page, StoreTransport { port: store_port, pending, shared }));
+        let writable = config.mode == Mode::Mmcfg0;
+        Machine {
+            space,
+            shared,
+            pending,
+            grants,
+            store,
+            store_port,
+            console_port,
+            channels: Rc::new(()),
+            ecam: config.ecam.clone(),
+            writable,
+        }
+    }
+
+    /// Consumes the pending bit of `port`.
+    pub fn take_pending(&self, port: Port) -> bool {
+        self.pending.take(port)
+    }
+
+    /// The event channels that are no frontend's: xenstore and console.
+    pub fn own_ports(&self) -> [Port; OWN_PORTS] {
+        [self.store_port, self.console_port]
+    }
+
+    /// The xenstore client with all it can do.
+    pub fn client(&mut self) -> &mut Client<StoreTransport> {
+        &mut self.store.0
+    }
+}
+
+/// The first place of a whole window behind RAM that no device frame is in.
+fn free_window(ram_end: u64, config: &Config) -> u64 {
+    let frames: Vec<u64> = config
+        .devices
+        .iter()
+        .filter_map(|device| config.ecam.iter().find_map(|window| window.frame(device.sbdf)))
+        .map(|frame| frame.saturating_mul(PAGE_SIZE))
+        .collect();
+    let mut base = ram_end.next_multiple_of(WINDOW_BYTES);
+    while frames.iter().any(|address| (base..base + WINDOW_BYTES).contains(address)) {
+        base += WINDOW_BYTES;
+    }
+    base
+}
+
+/// Ends the domain when a step of the connection to Xen failed.
+fn must<T, E: core::fmt::Debug>(outcome: Result<T, E>, step: &str) -> T {
+    match outcome {
+        Ok(value) => value,
+        Err(error) => fatal::stop(format_args!("{step} failed: {error:?}")),
+    }
+}
+
+/// Maps the ring page a parameter names.
+fn ring(space: &mut AddressSpace, param: Param, what: &str) -> Page {
+    let address = must(xen_memory::hvm_param(param), what).saturating_mul(PAGE_SIZE);
+    must(space.map(address, Use::Data), what);
+    // SAFETY: a page the tools made for this; mapped just now, and for good.
+    unsafe { Page::new(address as *mut u8) }
+}
+
+/// The event channel a parameter names.
+fn port(param: Param, what: &str) -> u32 {
+    must(u32::try_from(must(xen_memory::hvm_param(param), what)), what)
+}
+
+impl Platform for Machine {
+    type Config = EcamFrame;
+    type Page = GrantedPage;
+    type Channel = BoundChannel;
+    type Store = XenStore;
+
+    fn store(&mut self) -> &mut XenStore {
+        &mut self.store
+    }
+
+    fn open_config(&mut self, sbdf: Sbdf) -> Result<EcamFrame, String> {
+        let frame = self
+            .ecam
+            .iter()
+            .find_map(|window| window.frame(sbdf))
+            .ok_or_else(|| format!("no ecam= window on the command line covers it"))?;
+        let address = frame.saturating_mul(PAGE_SIZE);
+        self.space.map(address, Use::Device).map_err(|error| match error {
+            MapError::OutOfMemory => "no memory left for its page tables: give the domain more memory".into(),
+            MapError::Taken => format!("its ECAM frame {frame:#x} collides with memory of this domain: check ecam="),
+        })?;
+        // SAFETY: mapped just now, and for good. Xen lets this domain reach the frame only if its xl
+        // config says so; otherwise reads answer all ones.
+        Ok(EcamFrame { page: unsafe { Page::new(address as *mut u8) }, writable: self.writable })
+    }
+
+    fn map_page(&mut self, frontend: DomId, grant_ref: u32) -> Result<GrantedPage, ConnectError> {
+        self.grants.map(frontend, grant_ref).map(GrantedPage).map_err(|error| ConnectError {
+            call: "GNTTABOP_map_grant_ref",
+            code: match error {
+                grant::MapError::WindowFull => i32::from(GNTST_NO_SPACE),
+                grant::MapError::Call(errno) => -errno.0,
+                grant::MapError::Status(status) => i32::from(status),
+            },
+        })
+    }
+
+    fn bind_channel(&mut self, frontend: DomId, remote_port: u32) -> Result<BoundChannel, ConnectError> {
+        if Rc::strong_count(&self.channels) > POLL_PORTS - OWN_PORTS {
+            // The event loop can't sleep on more; see `sched::POLL_PORTS`.
+            return Err(ConnectError { call: "the limit of frontends", code: -ENOSPC });
+        }
+        BoundPort::interdomain(frontend, remote_port)
+            .map(|port| BoundChannel { port, _open: self.channels.clone() })
+            .map_err(|errno| ConnectError { call: "EVTCHNOP_bind_interdomain", code: -errno.0 })
+    }
+
+    fn now(&self) -> Nanos {
+        clock::now(self.shared)
+    }
+}
+
+/// `GNTST_no_space` of `xen/grant_table.h`.
+const GNTST_NO_SPACE: i16 = -13;
+
+/// `ENOSPC` of `xen/errno.h`.
+const ENOSPC: i32 = 28;
+
+/// The ECAM frame of one function: its 4 KiB of configuration space (PCIe base spec, 7.2.2).
+pub struct EcamFrame {
+    page: Page,
+    writable: bool,
+}
+
+impl ConfigSpace for EcamFrame {
+    fn read(&self, offset: u16, width: Width) -> u32 {
+        let offset = usize::from(offset);
+        match width {
+            Width::Byte => self.page.read::<u8>(offset).into(),
+            Width::Word => self.page.read::<u16>(offset).into(),
+            Width::Dword => self.page.read::<u32>(offset),
+        }
+    }
+
+    fn write(&mut self, offset: u16, width: Width, value: u32) -> Result<(), WritesOff> {
+        // On a Xen that protects the frame a write would end this domain: never try.
+        if !self.writable {
+            return Err(WritesOff);
+        }
+        let offset = usize::from(offset);
+        match width {
+            Width::Byte => self.page.write(offset, value as u8),
+            Width::Word => self.page.write(offset, value as u16),
+            Width::Dword => self.page.write(offset, value),
+        }
+        Ok(())
+    }
+
+    fn writable(&self) -> bool {
+        self.writable
+    }
+}
+
+/// A frontend's shared page.
+pub struct GrantedPage(Mapping);
+
+impl SharedPage for GrantedPage {
+    fn flags(&self) -> u32 {
+        self.0.page().atomic32(offset::FLAGS).load(Ordering::Acquire)
+    }
+
+    fn request(&self) -> RawRequest {
+        let page = self.0.page();
+        RawRequest {
+            cmd: page.read(offset::CMD),
+            domain: page.read(offset::DOMAIN),
+            bus: page.read(offset::BUS),
+            devfn: page.read(offset::DEVFN),
+            offset: page.read::<u32>(offset::OFFSET).cast_signed(),
+            size: page.read::<u32>(offset::SIZE).cast_signed(),
+            value: page.read(offset::VALUE),
+        }
+    }
+
+    fn reply(&self, reply: &RawReply) {
+        let page = self.0.page();
+        page.write(offset::ERR, reply.err.cast_unsigned());
+        page.write(offset::VALUE, reply.value);
+    }
+
+    fn clear_active(&self) -> u32 {
+        self.0.page().atomic32(offset::FLAGS).fetch_and(!PCIF_ACTIVE, Ordering::AcqRel)
+    }
+}
+
+/// A frontend's event channel.
+pub struct BoundChannel {
+    port: BoundPort,
+    _open: Rc<()>,
+}
+
+impl Channel for BoundChannel {
+    fn port(&self) -> Port {
+        self.port.port()
+    }
+
+    fn notify(&self) {
+        self.port.notify();
+    }
+}
+
+/// How the xenstore client wakes the daemon, sleeps and tells the time.
+pub struct StoreTransport {
+    port: u32,
+    pending: Pending,
+    shared: Page,
+}
+
+impl Transport for StoreTransport {
+    fn notify(&mut self) {
+        evtchn::send(self.port);
+    }
+
+    fn wait(&mut self, deadline: u64) {
+        if !self.pending.take(self.port) {
+            // An error leaves a busy loop, which the client's deadline ends.
+            let _ = sched::poll(&[self.port], Some(deadline));
+            self.pending.take(self.port);
+        }
+    }
+
+    fn now(&self) -> u64 {
+        clock::now(self.shared)
+    }
+}
+
+/// The xenstore client behind `pciback`'s trait.
+pub struct XenStore(Client<StoreTransport>);
+
+fn id(tx: Option<Transaction>) -> u32 {
+    tx.map_or(0, |tx| tx.0)
+}
+
+fn error(error: Error) -> StoreError {
+    match error {
+        Error::NotFound => StoreError::NotFound,
+        Error::Denied => StoreError::Denied,
+        Error::Again => StoreError::Again,
+        Error::Timeout | Error::Broken => StoreError::Timeout,
+        Error::Other => StoreError::Other,
+    }
+}
+
+impl Store for XenStore {
+    fn read(&mut self, tx: Option<Transaction>, path: &str) -> Result<String, StoreError> {
+        self.0.read(id(tx), path).map_err(error)
+    }
+
+    fn write(&mut self, tx: Option<Transaction>, path: &str, value: &str) -> Result<(), StoreError> {
+        self.0.write(id(tx), path, value).map_err(error)
+    }
+
+    fn remove(&mut self, tx: Option<Transaction>, path: &str) -> Result<(), StoreError> {
+        self.0.remove(id(tx), path).map_err(error)
+    }
+
+    fn list(&mut self, tx: Option<Transaction>, path: &str) -> Result<Vec<String>, StoreError> {
+        self.0.list(id(tx), path).map_err(error)
+    }
+
+    fn begin(&mut self) -> Result<Transaction, StoreError> {
+        self.0.begin().map(Transaction).map_err(error)
+    }
+
+    fn end(&mut self, tx: Transaction, commit: bool) -> Result<(), StoreError> {
+        self.0.end(tx.0, commit).map_err(error)
+    }
+
+    fn watch(&mut self, path: &str, token: &str) -> Result<(), StoreError> {
+        self.0.watch(path, token).map_err(error)
+    }
+
+    fn unwatch(&mut self, path: &str, token: &str) -> Result<(), StoreError> {
+        self.0.unwatch(path, token).map_err(error)
+    }
+}

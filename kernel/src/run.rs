@@ -1,0 +1,140 @@
+//! The event loop: xenstore events and frontends' events, then sleep in Xen until the next.
+//!
+//! A config access takes two hypercalls: the poll that wakes us and the event that tells the
+//! frontend. Nothing else wakes the domain: no tick, no time-out of its own.
+
+use alloc::string::ToString;
+use alloc::vec::Vec;
+
+use pciback::backend::Backend;
+use pciback::cmdline::{Complaint, Config};
+use pciback::platform::{Platform, Port, Store};
+use xen_guest::sched::{self, POLL_PORTS, Reason};
+use xen_guest::store::WatchEvent;
+use xen_guest::{hypercall, memory};
+
+use crate::machine::Machine;
+use crate::{fatal, logger};
+
+/// Watches of the loop itself; the backend's have other tokens.
+const SHUTDOWN: (&str, &str) = ("control/shutdown", "shutdown");
+const REPORT: (&str, &str) = ("data/pciback/report", "report");
+
+/// Xenstore events handled before frontends get their turn again.
+const EVENTS_A_TURN: usize = 16;
+
+/// Serves until the tools end the domain.
+pub fn run(machine: Machine, config: Config, complaints: Vec<Complaint>) -> ! {
+    let mut backend = Backend::new(machine, config, complaints);
+    watch(&mut backend);
+    backend.start();
+    publish_start(&mut backend);
+
+    let mut ports: Vec<Port> = Vec::with_capacity(POLL_PORTS);
+    loop {
+        let mut busy = false;
+        for _ in 0..EVENTS_A_TURN {
+            let Some(event) = backend.platform_mut().client().next_event() else { break };
+            busy = true;
+            handle(&mut backend, &event);
+        }
+        if backend.platform_mut().client().take_lost_watches() {
+            log::warn!("xenstore events were lost: looking at everything again");
+            busy = true;
+            watch(&mut backend);
+            backend.store_reconnected();
+        }
+
+        busy |= backend.serve(Machine::take_pending);
+
+        ports.clear();
+        ports.extend(backend.ports());
+        for port in backend.platform_mut().own_ports() {
+            busy |= backend.platform_mut().take_pending(port);
+            ports.push(port);
+        }
+        logger::discard_input();
+        if !busy && let Err(error) = sched::poll(&ports, backend.next_deadline()) {
+            fatal::stop(format_args!("SCHEDOP_poll on {} ports failed: {error}", ports.len()));
+        }
+    }
+}
+
+/// Sets the loop's own watches.
+fn watch(backend: &mut Backend<Machine>) {
+    for (path, token) in [SHUTDOWN, REPORT] {
+        if let Err(error) = backend.platform_mut().store().watch(path, token) {
+            log::error!("cannot watch {path}: {error}");
+        }
+    }
+}
+
+/// Says what the domain can do and what its start has cost.
+fn publish_start(backend: &mut Backend<Machine>) {
+    let cpu = memory::cpu_time().unwrap_or(0) / 1000;
+    let (used, free) = crate::memory::heap_usage();
+    log::info!("ready after {cpu} us of CPU; heap: {} KiB used, {} KiB free", used / 1024, free / 1024);
+    let store = backend.platform_mut().store();
+    for (path, value) in [
+        ("control/feature-poweroff", "1"),
+        ("control/feature-reboot", "1"),
+        ("data/pciback/ready-cpu-us", cpu.to_string().as_str()),
+    ] {
+        if let Err(error) = store.write(None, path, value) {
+            log::warn!("cannot write {path}: {error}");
+        }
+    }
+}
+
+/// One xenstore event.
+fn handle(backend: &mut Backend<Machine>, event: &WatchEvent) {
+    if event.token == SHUTDOWN.1 {
+        shutdown(backend);
+    } else if event.token == REPORT.1 {
+        report(backend);
+    } else {
+        backend.watch_fired(&event.path, &event.token);
+    }
+}
+
+/// Does what `xl shutdown` or `xl reboot` asks, if one does.
+fn shutdown(backend: &mut Backend<Machine>) {
+    let Ok(wish) = backend.platform_mut().store().read(None, SHUTDOWN.0) else { return };
+    let reason = match wish.as_str() {
+        "" => return,
+        "poweroff" | "halt" => Reason::Poweroff,
+        "reboot" => Reason::Reboot,
+        other => {
+            log::warn!("control/shutdown asks for {other:?}, which this domain cannot do");
+            let _ = backend.platform_mut().store().write(None, SHUTDOWN.0, "");
+            return;
+        }
+    };
+    log::info!("{wish} asked for: closing all frontends");
+    // The empty value tells the tools that the wish was seen.
+    if let Err(error) = backend.platform_mut().store().write(None, SHUTDOWN.0, "") {
+        log::warn!("cannot acknowledge {wish}: {error}");
+    }
+    backend.shutdown();
+    sched::shutdown(reason)
+}
+
+/// Publishes counters because dom0 wrote to the report node; the write back to it is the answer.
+fn report(backend: &mut Backend<Machine>) {
+    let machine = backend.platform_mut();
+    let Ok(wish) = machine.store().read(None, REPORT.0) else { return };
+    if wish.is_empty() {
+        return;
+    }
+    let counted = hypercall::count();
+    for (path, value) in [
+        ("data/pciback/hypercalls", counted.to_string()),
+        ("data/pciback/cpu-us", (memory::cpu_time().unwrap_or(0) / 1000).to_string()),
+        ("data/pciback/heap-used", crate::memory::heap_usage().0.to_string()),
+        (REPORT.0, alloc::string::String::new()),
+    ] {
+        if let Err(error) = machine.store().write(None, path, &value) {
+            log::warn!("cannot write {path}: {error}");
+        }
+    }
+}
