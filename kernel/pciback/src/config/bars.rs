@@ -128,9 +128,8 @@ fn hex(word: &str) -> Option<u64> {
     if plain { u64::from_str_radix(digits, 16).ok() } else { None }
 }
 
-/// One base address register (or the ROM's) of one guest. The default is a register that is not
-/// there: it reads zero, and nothing is ever restored to it.
-#[derive(Clone, Copy, Debug, Default)]
+/// One base address register (or the ROM's) of one guest.
+#[derive(Clone, Copy, Debug)]
 pub struct Bar {
     /// Address and type bits.
     value: u32,
@@ -156,8 +155,13 @@ pub enum BarWrite {
 }
 
 impl Bar {
+    /// A register with no address: it reads zero, sized or not, and nothing is restored to it.
+    const fn absent(no_address: u32) -> Bar {
+        Bar { value: 0, size: 0, no_address, restorable: false, sizing: false }
+    }
+
     fn new(resource: &Resource, size: u64, no_address: u32, low: u32) -> Bar {
-        let size = (size.wrapping_neg()) as u32;
+        let size = size.wrapping_neg() as u32;
         Bar { value: resource.start as u32 | low, size: size | low, no_address, restorable: true, sizing: false }
     }
 
@@ -201,7 +205,7 @@ impl Bars {
     /// # Errors
     /// [`Refusal::Resource`] or [`Refusal::Bar`] with the first register that does not fit.
     pub fn new<C: ConfigSpace>(hardware: &C, list: &[Resource; 7]) -> Result<Bars, Refusal> {
-        let mut bars = Bars { bars: [Bar::default(); BARS + 1], decode: 0 };
+        let mut bars = Bars { bars: [Bar::absent(low::MEMORY_MASK); BARS + 1], decode: 0 };
         for resource in list.iter().filter(|resource| resource.usable()) {
             bars.decode |= if resource.is_io() { command::IO } else { command::MEMORY };
         }
@@ -272,7 +276,7 @@ fn check_absent<C: ConfigSpace>(hardware: &C, index: usize) -> Result<(), Refusa
 /// off has nothing to restore.
 fn rom_bar<C: ConfigSpace>(hardware: &C, resource: &Resource) -> Result<Bar, Refusal> {
     if !resource.in_register() || resource.is_io() || resource.flags & flag::ROM_SHADOW != 0 {
-        return Ok(Bar::default());
+        return Ok(Bar::absent(low::ROM_MASK));
     }
     let narrow = Resource { flags: resource.flags & !flag::MEMORY_64, ..*resource };
     let size = narrow.size().ok_or(Refusal::Resource { index: ROM })?;

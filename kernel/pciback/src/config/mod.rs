@@ -101,7 +101,6 @@ impl fmt::Display for BarName {
 ///
 /// `first` is set once for each guest and kind, for one line in the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[must_use]
 pub enum Written {
     /// All of it took effect, or none was needed.
     Done,
