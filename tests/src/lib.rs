@@ -1,1 +1,11 @@
-//! The rig: boots a real Xen in QEMU and runs scenarios in it.
+//! The rig: boots a real Xen in QEMU, with Debian's packages, and runs scenarios in it.
+//!
+//! One boot serves many scenarios. Everything runs under software emulation, so no hardware or KVM is needed; figures
+//! about speed are therefore only ever ratios against Linux's own backend in the same run.
+
+pub mod builds;
+pub mod cpio;
+pub mod initramfs;
+pub mod machine;
+pub mod packages;
+pub mod tools;

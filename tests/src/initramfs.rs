@@ -1,0 +1,99 @@
+//! The two initial file systems: dom0's (the release's packages, a command server on the second serial line) and the PV
+//! guest's (busybox, pcifront, device drivers, a command server on its console).
+
+use std::path::Path;
+
+use crate::cpio::Archive;
+use crate::packages::Base;
+use crate::tools::{Context, Result, read};
+
+/// dom0's init; `@V@` is Xen's version.
+const DOM0_INIT: &str = r#"#!/bin/busybox sh
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin:/usr/lib/xen-@V@/bin
+/usr/bin/busybox --install -s /usr/bin 2>/dev/null
+mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
+mkdir -p /dev/pts; mount -t devpts devpts /dev/pts
+mount -t tmpfs tmpfs /run; mkdir -p /run/xenstored /run/xen /run/lock
+for m in xen-evtchn xen-gntdev xen-gntalloc xen-privcmd xenfs; do insmod /modules/$m.ko; done
+mount -t xenfs xenfs /proc/xen
+xenstored --pid-file /run/xenstored.pid
+until xenstore-ls >/dev/null 2>&1; do sleep 0.1; done
+xen-init-dom0 >/dev/null
+xenconsoled --log=all --log-dir=/var/log/xen --pid-file=/run/xenconsoled.pid
+until [ -s /run/xenconsoled.pid ]; do sleep 0.1; done
+echo "rig: dom0 is up"
+@SHELL@
+stty -F /dev/ttyS1 raw -echo 115200
+while :; do rig-agent serve </dev/ttyS1 >/dev/ttyS1; sleep 1; done
+"#;
+
+/// The guest's init. Kernel messages go to the console until the command server needs it for itself.
+const GUEST_INIT: &str = r#"#!/bin/busybox sh
+export PATH=/bin
+/bin/busybox --install -s /bin
+mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
+for m in crct10dif_common crc-t10dif crc64 crc64-rocksoft t10-pi nvme-keyring nvme-auth nvme-core nvme e1000e xen-pcifront; do
+  [ -e /modules/$m.ko ] && insmod /modules/$m.ko
+done
+dmesg -n 1
+stty -F /dev/hvc0 raw -echo
+while :; do rig-agent serve </dev/hvc0 >/dev/hvc0 2>/dev/null; sleep 1; done
+"#;
+
+/// What the project brings into dom0.
+#[derive(Debug, Clone, Copy)]
+pub struct Parts<'a> {
+    /// The helper, linked statically.
+    pub agent: &'a Path,
+    /// dom0's tool, when it is built.
+    pub tool: Option<&'a Path>,
+    /// The driver domain's image, when it is built.
+    pub image: Option<&'a Path>,
+}
+
+fn busybox() -> Result<Vec<u8>> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).map(|dir| dir.join("busybox")).find(|path| path.is_file());
+    read(found.unwrap_or_else(|| "/bin/busybox".into()))
+}
+
+/// The guest's archive.
+pub fn guest(base: &Base, agent: &Path) -> Result<Vec<u8>> {
+    let mut archive = Archive::new();
+    for dir in ["bin", "proc", "sys", "dev", "tmp", "modules"] {
+        archive.dir(dir);
+    }
+    archive.file("bin/busybox", 0o755, &busybox()?);
+    archive.file("bin/rig-agent", 0o755, &read(agent)?);
+    archive.file("init", 0o755, GUEST_INIT.as_bytes());
+    for entry in std::fs::read_dir(&base.modules).context(base.modules.display())?.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if !name.starts_with("xen-") || name == "xen-pcifront.ko" {
+            archive.file(&format!("modules/{name}"), 0o644, &read(entry.path())?);
+        }
+    }
+    Ok(archive.finish())
+}
+
+/// dom0's archive. With `shell`, its console ends in a shell for a person.
+pub fn dom0(base: &Base, parts: Parts<'_>, shell: bool) -> Result<Vec<u8>> {
+    let mut archive = Archive::new();
+    archive.tree(&base.dom0)?;
+    archive.file("usr/bin/busybox", 0o755, &busybox()?);
+    archive.file("usr/bin/rig-agent", 0o755, &read(parts.agent)?);
+    if let Some(tool) = parts.tool {
+        archive.file("usr/sbin/xl-pciback", 0o755, &read(tool)?);
+    }
+    if let Some(image) = parts.image {
+        archive.file("usr/lib/xen/boot/pciback-stubdom", 0o644, &read(image)?);
+    }
+    for entry in std::fs::read_dir(&base.modules).context(base.modules.display())?.flatten() {
+        archive.file(&format!("modules/{}", entry.file_name().to_string_lossy()), 0o644, &read(entry.path())?);
+    }
+    archive.file("boot/vmlinuz", 0o644, &read(&base.linux)?);
+    archive.file("boot/guest.img", 0o644, &guest(base, parts.agent)?);
+    let shell = if shell { "setsid cttyhack sh </dev/hvc0 >/dev/hvc0 2>&1; poweroff -f" } else { "" };
+    let init = DOM0_INIT.replace("@V@", base.release.xen()).replace("@SHELL@", shell);
+    archive.file("init", 0o755, init.as_bytes());
+    Ok(archive.finish())
+}

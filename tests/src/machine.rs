@@ -1,0 +1,267 @@
+//! One emulated machine with Xen on it: starts QEMU, speaks with the command server in dom0, ends QEMU on drop.
+//! The processor flags are what it takes to boot Xen under QEMU's software emulation; each is explained where it stands.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread;
+use std::time::Duration;
+
+use rig_agent::{CODE_TIMEOUT, MIB, Pattern, READY, Reply, Request, Sum};
+
+use crate::fail;
+use crate::initramfs::{self, Parts};
+use crate::packages::Base;
+use crate::tools::{Context, Error, Result, make_dir, say, tail, write};
+
+/// Size of the NVMe drive.
+pub const DISK_MIB: u64 = 128;
+/// Seed of the drive's content.
+pub const DISK_SEED: u64 = 20;
+
+/// How to boot.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Words for Xen's command line.
+    pub xen_args: String,
+    /// dom0's console on this terminal, with a shell.
+    pub shell: bool,
+    /// Where logs and images of this run go.
+    pub dir: PathBuf,
+}
+
+/// A running machine.
+#[derive(Debug)]
+pub struct Machine {
+    child: Child,
+    commands: ChildStdin,
+    expect: Sender<u64>,
+    replies: Receiver<std::io::Result<Reply>>,
+    seq: u64,
+    dir: PathBuf,
+}
+
+/// QEMU's command line.
+fn qemu(base: &Base, options: &Options) -> Command {
+    let dir = &options.dir;
+    let show = |name: &str| dir.join(name).to_string_lossy().replace(',', ",,");
+    let mut command = Command::new("qemu-system-x86_64");
+    command.args(["-machine", "q35,kernel-irqchip=split", "-accel", "tcg,thread=multi"]);
+    // svm, npt: PVH domains need them. xsaves: the emulated sizes disagree. smap, smep: QEMU before 9.1 does a PV kernel's
+    // iret with kernel rights. monitor: Xen would idle with mwait and die. rdtscp: its exits cannot be decoded.
+    command.args(["-cpu", "EPYC,+svm,+npt,-xsaves,-smap,-smep,-monitor,-rdtscp", "-smp", "2", "-m", "3072"]);
+    command.args(["-nodefaults", "-display", "none", "-monitor", "none", "-no-reboot"]);
+    if options.shell {
+        command.args(["-serial", "stdio"]);
+    } else {
+        command.arg("-serial").arg(format!("file:{}", show("console.log")));
+        command.args(["-chardev", "stdio,id=control,signal=off", "-serial", "chardev:control"]);
+    }
+    command.args(["-device", "intel-iommu,intremap=on", "-device", "pcie-root-port,id=rp1,slot=1,chassis=1"]);
+    command.arg("-drive").arg(format!("if=none,id=nv,format=raw,file={}", show("nvme.img")));
+    command.args(["-device", "nvme,drive=nv,serial=rig,bus=rp1"]);
+    command.args(["-netdev", "user,id=net0", "-device", "e1000e,netdev=net0,bus=pcie.0,addr=5"]);
+    command.args(["-netdev", "user,id=net1", "-device", "e1000e,netdev=net1,bus=pcie.0,addr=6"]);
+    command.arg("-kernel").arg(&base.xen).arg("-initrd").arg(format!(
+        "{} console=hvc0 nokaslr loglevel=4,{}",
+        base.linux.to_string_lossy().replace(',', ",,"),
+        show("dom0.img")
+    ));
+    command.arg("-append").arg(format!(
+        "console=com1 com1=115200,8n1 dom0_mem=1024M,max:1024M loglvl=all guest_loglvl=all cpuidle=0 iommu=verbose {}",
+        options.xen_args
+    ));
+    command
+}
+
+/// Waits for the command server, then hands over one reply for each number asked for.
+fn listen(out: ChildStdout, wanted: &Receiver<u64>, replies: &Sender<std::io::Result<Reply>>) {
+    let mut out = BufReader::new(out);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        match out.read_until(b'\n', &mut line) {
+            Ok(0) | Err(_) => {
+                let _ = replies.send(Err(std::io::ErrorKind::UnexpectedEof.into()));
+                return;
+            }
+            Ok(_) if String::from_utf8_lossy(&line).contains(READY) => break,
+            Ok(_) => {}
+        }
+    }
+    if replies.send(Ok(Reply { seq: 0, code: 0, output: Vec::new() })).is_err() {
+        return;
+    }
+    while let Ok(seq) = wanted.recv() {
+        if replies.send(Reply::read(&mut out, seq)).is_err() {
+            return;
+        }
+    }
+}
+
+fn make_disk(path: &Path) -> Result<()> {
+    let file = File::create(path).context(path.display())?;
+    let mut pattern = Pattern::new(DISK_SEED);
+    let mut buffer = vec![0; MIB as usize];
+    for n in 0..DISK_MIB {
+        pattern.fill(&mut buffer);
+        file.write_all_at(&buffer, n * MIB)?;
+    }
+    Ok(())
+}
+
+impl Machine {
+    /// Boots and waits until dom0 takes commands.
+    pub fn boot(base: &Base, parts: Parts<'_>, options: &Options) -> Result<Self> {
+        make_dir(&options.dir)?;
+        write(options.dir.join("dom0.img"), initramfs::dom0(base, parts, options.shell)?)?;
+        make_disk(&options.dir.join("nvme.img"))?;
+        let log = File::create(options.dir.join("qemu.log"))?;
+        let mut child = qemu(base, options)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .spawn()
+            .context("qemu-system-x86_64")?;
+        let (Some(commands), Some(out)) = (child.stdin.take(), child.stdout.take()) else {
+            return Err(fail!("QEMU has no pipes"));
+        };
+        let (expect, wanted) = mpsc::channel();
+        let (sender, replies) = mpsc::channel();
+        thread::spawn(move || listen(out, &wanted, &sender));
+        let machine = Self { child, commands, expect, replies, seq: 0, dir: options.dir.clone() };
+        match machine.replies.recv_timeout(Duration::from_secs(180)) {
+            Ok(Ok(_)) => Ok(machine),
+            _ => Err(fail!(
+                "dom0 did not come up; the console ({}) ends with\n{}",
+                machine.log().display(),
+                machine.console_tail(30)
+            )),
+        }
+    }
+
+    /// Boots with dom0's console on this terminal, until the person leaves.
+    pub fn shell(base: &Base, parts: Parts<'_>, options: &Options) -> Result<()> {
+        make_dir(&options.dir)?;
+        write(options.dir.join("dom0.img"), initramfs::dom0(base, parts, true)?)?;
+        make_disk(&options.dir.join("nvme.img"))?;
+        qemu(base, options).status().context("qemu-system-x86_64").map(drop)
+    }
+
+    /// Runs a script in dom0 with a limit in seconds.
+    pub fn exec(&mut self, seconds: u64, script: &str) -> Result<Reply> {
+        use std::io::Write;
+        self.seq += 1;
+        let _ = self.expect.send(self.seq);
+        let request = Request { seq: self.seq, seconds, script: script.as_bytes().to_vec() };
+        self.trace(&format!("# {script}\n"));
+        request.write(&mut self.commands).map_err(|error| self.gone(&error.to_string()))?;
+        let reply = match self.replies.recv_timeout(Duration::from_secs(seconds + 30)) {
+            Ok(Ok(reply)) => reply,
+            Ok(Err(error)) => return Err(self.gone(&error.to_string())),
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return Err(self.gone("no answer")),
+        };
+        let mut text = reply.output.clone();
+        if reply.code != 0 {
+            let _ = writeln!(text, "(exit code {})", reply.code);
+        }
+        self.trace(&String::from_utf8_lossy(&text));
+        Ok(reply)
+    }
+
+    /// Runs a script in dom0 that must succeed, and returns what it printed.
+    pub fn run(&mut self, seconds: u64, script: &str) -> Result<String> {
+        let reply = self.exec(seconds, script)?;
+        let text = String::from_utf8_lossy(&reply.output).into_owned();
+        match reply.code {
+            0 => Ok(text),
+            CODE_TIMEOUT => Err(fail!("dom0: `{script}` did not end in {seconds} s\n{}", tail(&text, 20))),
+            code => Err(fail!("dom0: `{script}` ended with {code}\n{}", tail(&text, 20))),
+        }
+    }
+
+    fn gone(&self, why: &str) -> Error {
+        fail!("dom0 is gone ({why}); the console ({}) ends with\n{}", self.log().display(), self.console_tail(20))
+    }
+
+    /// True when QEMU still runs.
+    pub fn alive(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// Keeps all commands and answers in a file of the run.
+    fn trace(&self, text: &str) {
+        use std::io::Write;
+        if let Ok(mut file) = std::fs::OpenOptions::new().create(true).append(true).open(self.dir.join("dom0.log")) {
+            let _ = file.write_all(text.as_bytes());
+        }
+    }
+
+    /// Marks the start of something in the log of commands.
+    pub fn note(&self, text: &str) {
+        self.trace(&format!("\n#### {text}\n"));
+    }
+
+    /// Xen's and dom0's console.
+    pub fn log(&self) -> PathBuf {
+        self.dir.join("console.log")
+    }
+
+    /// All of the console so far.
+    pub fn console(&self) -> String {
+        let mut bytes = Vec::new();
+        if let Ok(mut file) = File::open(self.log()) {
+            let _ = file.read_to_end(&mut bytes);
+        }
+        String::from_utf8_lossy(&bytes).replace('\r', "")
+    }
+
+    /// The console's last lines.
+    pub fn console_tail(&self, lines: usize) -> String {
+        tail(&self.console(), lines)
+    }
+
+    /// The run's directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Checksum of a part of the drive, as the host sees it.
+    pub fn disk_sum(&self, offset_mib: u64, count_mib: u64) -> Result<String> {
+        let file = File::open(self.dir.join("nvme.img"))?;
+        let mut sum = Sum::new();
+        let mut buffer = vec![0; MIB as usize];
+        for n in offset_mib..offset_mib + count_mib {
+            file.read_exact_at(&mut buffer, n * MIB)?;
+            sum.add(&buffer);
+        }
+        Ok(format!("{:016x}", sum.value()))
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        if let Err(error) = self.child.kill() {
+            say(format!("QEMU: {error}"));
+        }
+        let _ = self.child.wait();
+        // The images are made anew by every boot.
+        for name in ["dom0.img", "nvme.img"] {
+            let _ = std::fs::remove_file(self.dir.join(name));
+        }
+    }
+}
+
+/// Checksum of a pattern, to compare with what a guest wrote.
+pub fn pattern_sum(seed: u64, count_mib: u64) -> String {
+    let (mut pattern, mut sum) = (Pattern::new(seed), Sum::new());
+    let mut buffer = vec![0; MIB as usize];
+    for _ in 0..count_mib {
+        pattern.fill(&mut buffer);
+        sum.add(&buffer);
+    }
+    format!("{:016x}", sum.value())
+}
