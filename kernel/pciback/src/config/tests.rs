@@ -658,10 +658,38 @@ fn a_list_that_does_not_fit_the_device_is_refused() {
     assert_eq!(absent, Refusal::Bar { index: 2, hardware: 0xe000, listed: 0 });
     let odd = refused(&|list| list[0].end -= 1);
     assert_eq!(odd, Refusal::Resource { index: 0 });
+    let crooked = refused(&|list| list[0] = Resource { start: 0x1_fe00_1000, end: 0x1_fe00_4fff, ..list[0] });
+    assert_eq!(crooked, Refusal::Resource { index: 0 });
     let huge = refused(&|list| list[0] = Resource { start: 0, end: u64::MAX, ..list[0] });
     assert_eq!(huge, Refusal::Resource { index: 0 });
     let last = refused(&|list| list[5] = Resource { start: 0x1000, end: 0x1fff, flags: 0x10_0200 });
     assert_eq!(last, Refusal::Resource { index: 5 });
+}
+
+#[test]
+fn resources_without_an_address_and_shadowed_roms_read_zero() {
+    let mut model = Model::nic();
+    model.bytes[0x10..0x28].fill(0);
+    model.put(0x04, &[0, 0]);
+    let mut view = Model::nic_view();
+    view.resources[0].flags |= 0x2000_0000;
+    view.resources[2].flags |= 0x1000_0000;
+    view.resources[6] = Resource { start: 0xc_0000, end: 0xd_ffff, flags: 0x212 };
+    let mut bench = Bench::new(model, view);
+    for at in [0x10, 0x14, 0x18, 0x30] {
+        assert_eq!(bench.write(at, 4, 0xffff_ffff), Written::Done);
+        assert_eq!(bench.read(at, 4), 0);
+    }
+}
+
+#[test]
+fn type_bits_that_differ_from_the_list_are_nothing_to_restore() {
+    let mut model = Model::nic();
+    model.put(0x10, &[0x0c]);
+    let mut bench = Bench::new(model, Model::nic_view());
+    assert_eq!(bench.read(0x10, 4), 0xfe00_0004);
+    assert_eq!(bench.write(0x10, 4, 0xfe00_0004), Written::Done);
+    assert!(bench.hardware.log.is_empty());
 }
 
 #[test]
@@ -724,7 +752,9 @@ fn a_device_that_vanishes_reads_as_ones_where_the_hardware_answers() {
     for offset in (0..0x1000).step_by(4) {
         bench.write(offset, 4, 0x5555_5555);
     }
+    bench.hardware.log.clear();
     bench.config.detach(&mut bench.hardware);
+    assert!(bench.hardware.log.is_empty(), "nothing is there to be turned off");
 }
 
 #[test]
