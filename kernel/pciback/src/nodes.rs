@@ -75,12 +75,15 @@ pub fn decimal(text: &str) -> Option<u32> {
 
 /// Reads a state; a node that is missing is `None`.
 ///
+/// A node below a folder we may not read answers "denied" once it is gone (xenstored tells nobody what
+/// is missing there), which is how the end of a guest looks from here. So "denied" is `None` too.
+///
 /// # Errors
-/// Any error but [`StoreError::NotFound`].
+/// Any other error.
 pub fn read_state<S: Store>(store: &mut S, path: &str) -> Result<Option<XenbusState>, StoreError> {
     match store.read(None, path) {
         Ok(text) => Ok(Some(XenbusState::parse(&text))),
-        Err(StoreError::NotFound) => Ok(None),
+        Err(StoreError::NotFound | StoreError::Denied) => Ok(None),
         Err(error) => Err(error),
     }
 }
@@ -139,9 +142,11 @@ pub fn vdev(devfn: u8) -> String {
     format!("0000:00:{:02x}.{:02x}", devfn >> 3, devfn & 7)
 }
 
-/// A node of the folder in which the state of a function is published.
+/// A node of the folder in which the state of a function is published. xenstored accepts neither
+/// colons nor dots in a path, so the address is written as libxl does in `/libxl/pci`.
 pub fn published(sbdf: Sbdf, node: &str) -> String {
-    format!("{PUBLISHED}/device/{sbdf}/{node}")
+    let (segment, bus, device, function) = (sbdf.segment(), sbdf.bus(), sbdf.device(), sbdf.function());
+    format!("{PUBLISHED}/device/{segment:04x}-{bus:02x}-{device:02x}-{function:x}/{node}")
 }
 
 #[cfg(test)]
