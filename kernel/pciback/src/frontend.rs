@@ -116,7 +116,7 @@ impl<P: Platform> Frontend<P> {
 
     fn notice(&mut self, cx: &mut Context<'_, P>, notice: Notice, request: &crate::wire::RawRequest) {
         let Some(dropped) = self.throttle.allow(cx.platform.now()) else { return };
-        let (Notice::Dropped(index) | Notice::WritesOff(index) | Notice::NoMsi(index)) = notice;
+        let (Notice::Dropped(index) | Notice::WritesOff(index) | Notice::Denied(index) | Notice::NoMsi(index)) = notice;
         let Some(device) = cx.devices.get(index) else { return };
         let (sbdf, guest) = (device.entry.sbdf, self.link.frontend);
         let (offset, size, value) = (request.offset, request.size, request.value);
@@ -129,6 +129,10 @@ impl<P: Platform> Frontend<P> {
             Notice::WritesOff(_) => log::warn!(
                 "{sbdf}: domain {guest} wrote {value:#x} ({size} bytes) to {offset:#x}, but writes are off on this \
                  host: refused{suffix}"
+            ),
+            Notice::Denied(_) => log::info!(
+                "{sbdf}: domain {guest} wrote {value:#x} ({size} bytes) to {offset:#x}, which is the backend's own to \
+                 change: refused{suffix}"
             ),
             Notice::NoMsi(_) => {
                 log::info!("{sbdf}: domain {guest} asked for MSI or MSI-X: not in this version, it has INTx{suffix}");

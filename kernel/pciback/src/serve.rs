@@ -40,6 +40,8 @@ pub enum Notice {
     Dropped(DeviceIndex),
     /// The first write of this guest to this function that needs the hardware while writes are off.
     WritesOff(DeviceIndex),
+    /// The first write of this guest to this function that only the backend may make.
+    Denied(DeviceIndex),
     /// The guest asked for MSI or MSI-X.
     NoMsi(DeviceIndex),
 }
@@ -87,6 +89,7 @@ fn operate<C: ConfigSpace>(
                     let notice = match written {
                         Written::Done => None,
                         Written::Dropped { first } => first.then_some(Notice::Dropped(index)),
+                        Written::Denied { first } if hardware.writable() => first.then_some(Notice::Denied(index)),
                         Written::Denied { first } => first.then_some(Notice::WritesOff(index)),
                     };
                     let outcome = match written {
