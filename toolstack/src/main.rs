@@ -1,2 +1,319 @@
-//! `xl-pciback`, dom0's side of pciback-stubdom.
-fn main() {}
+//! `xl-pciback`, dom0's side of pciback-stubdom: what needs dom0's privilege and nothing else.
+//!
+//! A command checks, then acts, then says in one line what it did; an error is one sentence and a
+//! remedy. Hypercalls and xenstore go through Xen's own libraries (`xen`), facts about domains come
+//! from `xl` (`domains`), facts about devices from sysfs (`sysfs`).
+
+mod assignable;
+mod attach;
+mod check;
+mod config;
+mod detach;
+mod domains;
+mod error;
+mod list;
+mod nodes;
+mod sysfs;
+#[cfg(test)]
+mod tests;
+mod xen;
+mod xlcfg;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use lexopt::prelude::*;
+use pciback::sbdf::Sbdf;
+
+use crate::attach::Host;
+use crate::domains::{Domains, Xl};
+use crate::error::{Failure, Outcome, exit};
+use crate::sysfs::Sysfs;
+use crate::xen::Xen;
+
+const HELP: &str = "\
+xl-pciback: give PCI functions to guests through a pciback-stubdom driver domain
+
+Usage: xl-pciback COMMAND [ARGUMENT...]
+
+Commands:
+  assignable-add BDF...      take functions from dom0 and quarantine them
+  assignable-remove BDF...   give them back   [--no-rebind]
+  assignable-list            list the functions that were taken
+  config BDF...              print the driver domain's xl file
+                             [--guest NAME] [--name NAME] [--kernel PATH] [--permissive]
+                             [--mode auto|mmcfg0|read-only]
+  check FILE                 compare such a file with this host; exit code 3 if something is wrong
+  attach GUEST BDF           give a function to a running or paused guest
+                             [--driver NAME] [--permissive]
+  detach GUEST BDF           take it away again   [--driver NAME] [--timeout SECONDS] [--force]
+  list                       show driver domains, functions and guests   [--json]
+
+BDF is SSSS:BB:DD.F or BB:DD.F (hexadecimal); GUEST is a name or a domain number.
+`xl-pciback COMMAND --help` says more about one command.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 check found problems.
+";
+
+/// The longer text of one command.
+fn help(command: &str) -> Option<&'static str> {
+    Some(match command {
+        "assignable-add" => {
+            "\
+Usage: xl-pciback assignable-add BDF...
+Takes each function from its dom0 driver, sets driver_override so that no other takes it, enables it so that
+dom0 routes its interrupt, and puts it into Xen's quarantine. Doing it again changes nothing.
+"
+        }
+        "assignable-remove" => {
+            "\
+Usage: xl-pciback assignable-remove [--no-rebind] BDF...
+Gives each function back to dom0 and lets its former driver have it (not with --no-rebind).
+"
+        }
+        "assignable-list" => {
+            "Usage: xl-pciback assignable-list\nLists functions that assignable-add took, with id and interrupt.\n"
+        }
+        "config" => {
+            "\
+Usage: xl-pciback config [OPTION...] BDF...
+Prints an xl file for a driver domain that owns these functions: ECAM base from ACPI's MCFG table, one
+frame a function, ids. Redirect it to /etc/xen/NAME.cfg.
+  --guest NAME     only this guest may have them
+  --name NAME      the driver domain's name (pciback0)
+  --kernel PATH    the image (/usr/lib/xen/boot/pciback-stubdom)
+  --permissive     let the guest write registers that have no rule
+  --mode MODE      auto, mmcfg0 or read-only; by default what fits Xen's command line
+"
+        }
+        "check" => {
+            "Usage: xl-pciback check FILE\nCompares a driver domain's xl file with this host and prints each problem with its remedy.\n"
+        }
+        "attach" => {
+            "\
+Usage: xl-pciback attach [--driver NAME] [--permissive] GUEST BDF
+Gives a function to a guest, which may be paused or run. The guest must be PV, with e820_host = 1 and
+passthrough = \"enabled\". Whatever fails, nothing is left behind.
+"
+        }
+        "detach" => {
+            "\
+Usage: xl-pciback detach [--driver NAME] [--timeout SECONDS] [--force] GUEST BDF
+Tells the guest, waits until it has let go (10 seconds), then takes its rights away. With --force it takes
+them away even if the guest does not answer.
+"
+        }
+        "list" => {
+            "\
+Usage: xl-pciback list [--json]
+Shows every function of every driver domain. JSON: an array of objects with driver_domid, driver, mode,
+function, id, state, reason, guest_domid, guest, promised_to, guest_address.
+"
+        }
+        _ => return None,
+    })
+}
+
+/// What the command line says.
+#[derive(Default)]
+struct Line {
+    words: Vec<String>,
+    driver: Option<String>,
+    guest: Option<String>,
+    name: Option<String>,
+    kernel: Option<String>,
+    mode: Option<String>,
+    timeout: Option<u64>,
+    permissive: bool,
+    force: bool,
+    json: bool,
+    no_rebind: bool,
+    help: bool,
+}
+
+fn parse(args: impl IntoIterator<Item = std::ffi::OsString>) -> Outcome<Line> {
+    let mut parser = lexopt::Parser::from_args(args);
+    let mut line = Line::default();
+    let wrong = |error: lexopt::Error| Failure::usage(error.to_string());
+    while let Some(arg) = parser.next().map_err(wrong)? {
+        let option = match arg {
+            Value(word) => {
+                line.words.push(word.string().map_err(wrong)?);
+                continue;
+            }
+            Short('h') => "help".to_string(),
+            Short('V') => "version".to_string(),
+            Long(name) => name.to_string(),
+            other @ Short(_) => return Err(wrong(other.unexpected())),
+        };
+        let mut text = || parser.value().and_then(|value| value.string()).map_err(wrong);
+        match option.as_str() {
+            "help" => line.help = true,
+            "version" => line.words.insert(0, "version".into()),
+            "driver" => line.driver = Some(text()?),
+            "guest" => line.guest = Some(text()?),
+            "name" => line.name = Some(text()?),
+            "kernel" => line.kernel = Some(text()?),
+            "mode" => line.mode = Some(text()?),
+            "timeout" => {
+                let seconds = text()?.parse().ok().filter(|seconds| (1..=3600).contains(seconds));
+                line.timeout = Some(seconds.ok_or_else(|| Failure::usage("--timeout wants 1 to 3600 seconds"))?);
+            }
+            "permissive" => line.permissive = true,
+            "force" => line.force = true,
+            "json" => line.json = true,
+            "no-rebind" => line.no_rebind = true,
+            other => return Err(Failure::usage(format!("there is no option --{other}"))),
+        }
+    }
+    Ok(line)
+}
+
+fn address(text: &str) -> Outcome<Sbdf> {
+    text.parse().map_err(|bad| Failure::usage(format!("{text:?} is {bad}")))
+}
+
+fn addresses(words: &[String]) -> Outcome<Vec<Sbdf>> {
+    if words.is_empty() {
+        return Err(Failure::usage("name at least one function"));
+    }
+    words.iter().map(|word| address(word)).collect()
+}
+
+fn guest_and_address(words: &[String]) -> Outcome<(&str, Sbdf)> {
+    match words {
+        [guest, sbdf] => Ok((guest, address(sbdf)?)),
+        _ => Err(Failure::usage("this command wants GUEST BDF")),
+    }
+}
+
+fn none(words: &[String]) -> Outcome<()> {
+    if words.is_empty() { Ok(()) } else { Err(Failure::usage("this command takes no argument")) }
+}
+
+/// Runs `action` for each function, goes on after a failure, and reports the first one last.
+fn each(functions: Vec<Sbdf>, action: impl Fn(Sbdf) -> Outcome<String>) -> Outcome<()> {
+    let mut first = None;
+    for sbdf in functions {
+        match action(sbdf) {
+            Ok(done) => println!("{done}"),
+            Err(failure) if first.is_none() => first = Some(failure),
+            Err(failure) => eprintln!("{failure}"),
+        }
+    }
+    first.map_or(Ok(()), Err)
+}
+
+fn run() -> Outcome<()> {
+    let line = parse(std::env::args_os().skip(1))?;
+    let (command, words) = match line.words.split_first() {
+        Some((command, words)) => (command.as_str(), words),
+        None if line.help => {
+            print!("{HELP}");
+            return Ok(());
+        }
+        None => return Err(Failure::usage("no command was given")),
+    };
+    if command == "version" {
+        println!("xl-pciback {}", env!("CARGO_PKG_VERSION"));
+        return Ok(());
+    }
+    let Some(text) = help(command) else {
+        return Err(Failure::usage(format!("there is no command {command:?}")));
+    };
+    if line.help {
+        print!("{text}");
+        return Ok(());
+    }
+    let sysfs = Sysfs::default();
+    if command == "config" {
+        let functions = addresses(words)?;
+        let fitting = || if Xl.xen().is_ok_and(|xen| xen.mmcfg_off()) { "mmcfg0" } else { "auto" };
+        let mode = line.mode.unwrap_or_else(|| fitting().into());
+        if !["auto", "mmcfg0", "read-only"].contains(&mode.as_str()) {
+            return Err(Failure::usage(format!("--mode {mode} is not auto, mmcfg0 or read-only")));
+        }
+        let options = config::Options {
+            name: line.name.unwrap_or_else(|| "pciback0".into()),
+            kernel: line.kernel.unwrap_or_else(|| "/usr/lib/xen/boot/pciback-stubdom".into()),
+            guest: line.guest,
+            permissive: line.permissive,
+            mode,
+        };
+        print!("{}", config::generate(&sysfs, &functions, &options)?);
+        return Ok(());
+    }
+    if command == "check" {
+        let [file] = words else { return Err(Failure::usage("check wants one FILE")) };
+        let text = std::fs::read_to_string(file).map_err(|error| {
+            Failure::new(format!("{file} cannot be read: {error}"), "name the driver domain's xl file")
+        })?;
+        let problems = check::check(&text, &sysfs, Xl.xen().ok().as_ref());
+        for problem in &problems {
+            println!("{file}: {}\n  remedy: {}", problem.what, problem.remedy);
+        }
+        return match problems.len() {
+            0 => {
+                println!("{file}: fits this host");
+                Ok(())
+            }
+            count => Err(Failure {
+                what: format!("{file}: {count} problem(s)"),
+                remedy: "as above".into(),
+                code: exit::PROBLEMS,
+            }),
+        };
+    }
+
+    // What is wrong with the words is said before Xen is needed.
+    enum Job<'a> {
+        Add(Vec<Sbdf>),
+        Remove(Vec<Sbdf>),
+        Assignable,
+        Attach(&'a str, Sbdf),
+        Detach(&'a str, Sbdf),
+        List,
+    }
+    let job = match command {
+        "assignable-add" => Job::Add(addresses(words)?),
+        "assignable-remove" => Job::Remove(addresses(words)?),
+        "assignable-list" => none(words).map(|()| Job::Assignable)?,
+        "attach" => guest_and_address(words).map(|(guest, sbdf)| Job::Attach(guest, sbdf))?,
+        "detach" => guest_and_address(words).map(|(guest, sbdf)| Job::Detach(guest, sbdf))?,
+        _ => none(words).map(|()| Job::List)?,
+    };
+    let xen = Xen::open()?;
+    let host = Host { xen: &xen, store: &xen, sysfs: &sysfs, domains: &Xl };
+    match job {
+        Job::Add(functions) => each(functions, |sbdf| assignable::add(&host, sbdf))?,
+        Job::Remove(functions) => each(functions, |sbdf| assignable::remove(&host, sbdf, !line.no_rebind))?,
+        Job::Assignable => assignable::list(&host).iter().for_each(|text| println!("{text}")),
+        Job::Attach(guest, sbdf) => {
+            let options = attach::Options { driver: line.driver, permissive: line.permissive };
+            println!("{}", attach::attach(&host, guest, sbdf, &options)?);
+        }
+        Job::Detach(guest, sbdf) => {
+            let timeout = Duration::from_secs(line.timeout.unwrap_or(10));
+            let options = detach::Options { driver: line.driver, force: line.force, timeout };
+            println!("{}", detach::detach(&host, guest, sbdf, &options)?);
+        }
+        Job::List => {
+            let rows = list::rows(&xen);
+            if line.json {
+                println!("{:#}", list::json(&rows));
+            } else {
+                println!("{}", list::table(&rows));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("{failure}");
+            ExitCode::from(failure.code)
+        }
+    }
+}

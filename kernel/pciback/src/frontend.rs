@@ -237,7 +237,8 @@ impl<P: Platform> Frontend<P> {
     /// After Closed, a frontend may come back as long as the toolstack wants the device online.
     fn reopen(&mut self, cx: &mut Context<'_, P>, peer: XenbusState) -> Result<(), StoreError> {
         if peer == XenbusState::Initialised && self.faulted {
-            return Ok(());
+            // It is not tried again as it is, but its list of functions is still the toolstack's to change.
+            return self.sync(cx);
         }
         let online = cx.platform.store().read(None, &self.link.back("online"));
         if !online.is_ok_and(|online| online != "0") {

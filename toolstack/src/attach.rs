@@ -1,0 +1,474 @@
+//! Attach: check everything, then assign, permit, map, announce, and wait for the driver domain. What
+//! was done is undone in reverse if a later step fails: a failed attach leaves nothing behind.
+
+use std::time::{Duration, Instant};
+
+use pciback::sbdf::Sbdf;
+
+use crate::domains::{Domains, Guest};
+use crate::error::{Failure, Outcome, errno};
+use crate::nodes::{self, DOMID_IO, Link};
+use crate::sysfs::{Function, Sysfs};
+use crate::xen::{Hypervisor, Store, transaction};
+
+/// How long the driver domain may take for one step.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Everything the operations work on.
+pub struct Host<'a> {
+    /// Hypercalls.
+    pub xen: &'a dyn Hypervisor,
+    /// xenstore.
+    pub store: &'a dyn Store,
+    /// dom0's sysfs.
+    pub sysfs: &'a Sysfs,
+    /// What xl knows.
+    pub domains: &'a dyn Domains,
+}
+
+impl Host<'_> {
+    /// Waits until `look` finds something, at most `patience`.
+    pub fn wait<T>(&self, patience: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T> {
+        let end = Instant::now() + patience;
+        loop {
+            if let Some(found) = look() {
+                return Some(found);
+            }
+            if Instant::now() >= end {
+                return None;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Gives or takes what a guest needs to use a function's BARs. Returns at the first error.
+    pub fn bars(&self, domid: u32, function: &Function, allow: bool) -> Result<(), (String, i32)> {
+        for resource in function.resources.iter().filter(|resource| resource.is_used()) {
+            let (start, end) = (resource.start, resource.end);
+            let done = if resource.is_io() {
+                self.xen.ioport(domid, start as u32, (end - start + 1) as u32, allow)
+            } else {
+                self.xen.iomem(domid, start >> 12, (end >> 12) - (start >> 12) + 1, allow)
+            };
+            done.map_err(|errno| (format!("{start:#x}-{end:#x}"), errno))?;
+        }
+        Ok(())
+    }
+}
+
+/// Options of `attach`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// The driver domain's name; the one that lists the function, if not given.
+    pub driver: Option<String>,
+    /// Let the guest write registers without a rule.
+    pub permissive: bool,
+}
+
+/// What to undo, newest last.
+type Undo<'a> = Vec<(&'static str, Box<dyn Fn() -> Result<(), i32> + 'a>)>;
+
+/// Attaches `sbdf` to a guest.
+///
+/// # Errors
+/// The first thing that is wrong; nothing is left behind.
+pub fn attach(host: &Host<'_>, guest: &str, sbdf: Sbdf, options: &Options) -> Outcome<String> {
+    let guest = host.domains.guest(guest)?;
+    let function = host.sysfs.function(sbdf)?;
+    check_guest(&guest)?;
+    check_function(&function)?;
+    let link = Link { driver: find_driver(host, sbdf, options.driver.as_deref())?, guest: guest.domid };
+    check_driver(host, &link, &guest, &function)?;
+
+    let mut undo: Undo<'_> = Vec::new();
+    let done = carry_out(host, &link, &guest, &function, options, &mut undo);
+    if done.is_err() {
+        while let Some((what, step)) = undo.pop() {
+            if let Err(number) = step() {
+                eprintln!("xl-pciback: warning: {sbdf}: undoing ({what}) answered {}", errno(number));
+            }
+        }
+    }
+    done
+}
+
+fn check_guest(guest: &Guest) -> Outcome<()> {
+    let Guest { name, kind, .. } = guest;
+    if kind != "pv" {
+        return Err(Failure::new(
+            format!("guest {name:?} is a {kind} guest, and Linux's xen-pcifront works in PV guests only"),
+            "use a guest with type = \"pv\"",
+        ));
+    }
+    if !guest.e820_host {
+        return Err(Failure::new(
+            format!("guest {name:?} was started without e820_host, so its kernel leaves no room for device memory"),
+            "add e820_host = 1 to its xl configuration and start it again",
+        ));
+    }
+    if guest.passthrough == "disabled" {
+        return Err(Failure::new(
+            format!("guest {name:?} was started without passthrough, so Xen gives it no IOMMU context"),
+            "add passthrough = \"enabled\" to its xl configuration and start it again",
+        ));
+    }
+    Ok(())
+}
+
+fn check_function(function: &Function) -> Outcome<()> {
+    let sbdf = function.sbdf;
+    match &function.driver {
+        Some(driver) if driver == "pciback" => Err(Failure::new(
+            format!("{sbdf} is held by Linux's xen-pciback in dom0"),
+            format!("xl pci-assignable-remove {sbdf}; xl-pciback assignable-add {sbdf}"),
+        )),
+        Some(driver) => Err(Failure::new(
+            format!("{sbdf} is in use by dom0's driver {driver:?}"),
+            format!("xl-pciback assignable-add {sbdf}"),
+        )),
+        None if !function.is_assignable() => Err(Failure::new(
+            format!("{sbdf} was not made assignable, so a driver of dom0 could take it at any time"),
+            format!("xl-pciback assignable-add {sbdf}"),
+        )),
+        None => Ok(()),
+    }
+}
+
+/// The driver domain to use.
+pub fn find_driver(host: &Host<'_>, sbdf: Sbdf, name: Option<&str>) -> Outcome<u32> {
+    let drivers = nodes::drivers(host.store);
+    if let Some(name) = name {
+        let found = drivers.iter().find(|(id, known)| known == name || id.to_string() == name);
+        return found.map(|(id, _)| *id).ok_or_else(|| {
+            Failure::new(
+                format!("driver domain {name:?} is not running"),
+                format!("xl create /etc/xen/{name}.cfg (xl-pciback config prints such a file)"),
+            )
+        });
+    }
+    let lists = |id: &u32| host.store.read(0, &nodes::published(*id, sbdf, "state")).is_some();
+    if let Some((id, _)) = drivers.iter().find(|(id, _)| lists(id)) {
+        return Ok(*id);
+    }
+    match drivers.first() {
+        None => Err(Failure::new(
+            format!("no driver domain is running that could serve {sbdf}"),
+            format!("xl-pciback config {sbdf} > /etc/xen/pciback0.cfg; xl create /etc/xen/pciback0.cfg"),
+        )),
+        Some((_, name)) => Err(Failure::new(
+            format!("no running driver domain has {sbdf} (there is {name:?})"),
+            format!(
+                "add the function to iomem= and dev= of its xl configuration (xl-pciback config {sbdf} prints them) and start it again"
+            ),
+        )),
+    }
+}
+
+fn check_driver(host: &Host<'_>, link: &Link, guest: &Guest, function: &Function) -> Outcome<()> {
+    let sbdf = function.sbdf;
+    let read = |node: &str| host.store.read(0, &nodes::published(link.driver, sbdf, node));
+    let name = host.store.read(0, &format!("/local/domain/{}/name", link.driver)).unwrap_or_default();
+    let state = host.wait(Duration::from_secs(10), || match read("state") {
+        Some(state) if state == "resetting" => None,
+        other => other,
+    });
+    match state.as_deref() {
+        Some("ready") => {}
+        Some("in-use") => {
+            let owner = read("frontend").unwrap_or_default();
+            let mine = owner == guest.domid.to_string();
+            let owner_name = host.store.read(0, &format!("/local/domain/{owner}/name")).unwrap_or_default();
+            return Err(Failure::new(
+                format!(
+                    "{sbdf} is already attached to {} {owner_name:?} (domain {owner})",
+                    if mine { "this guest," } else { "guest" }
+                ),
+                format!("xl-pciback detach {} {sbdf}", if owner_name.is_empty() { &owner } else { &owner_name }),
+            ));
+        }
+        Some("broken") => {
+            return Err(Failure::new(
+                format!("driver domain {name:?} cannot serve {sbdf}: {}", read("reason").unwrap_or_default()),
+                "mend what it says, then start the driver domain again",
+            ));
+        }
+        _ => {
+            return Err(Failure::new(
+                format!("driver domain {name:?} does not have {sbdf}"),
+                format!(
+                    "add the function to iomem= and dev= of its xl configuration (xl-pciback config {sbdf} prints them) and start it again"
+                ),
+            ));
+        }
+    }
+    if let Some(id) = read("id").filter(|id| *id != function.id_text()) {
+        return Err(Failure::new(
+            format!("{sbdf} is {} for dom0, but driver domain {name:?} reads {id}", function.id_text()),
+            "check ecam= and iomem= of its xl configuration with xl-pciback check",
+        ));
+    }
+    if let Some(wanted) = read("guest").filter(|wanted| !wanted.is_empty() && *wanted != guest.name) {
+        return Err(Failure::new(
+            format!(
+                "{sbdf} is promised to guest {wanted:?} (guest= in the configuration of {name:?}), not to {:?}",
+                guest.name
+            ),
+            "attach it to that guest, or change the configuration",
+        ));
+    }
+    let xen = host.domains.xen()?;
+    if !xen.has_iommu() {
+        return Err(Failure::new(
+            "this host has no usable IOMMU, and without one a guest's device could write all memory",
+            "switch on VT-d or AMD-Vi in the firmware; `xl info` must name pv_directio or hvm_directio in virt_caps",
+        ));
+    }
+    let mode = host.store.read(0, &format!("/local/domain/{}/data/pciback/mode", link.driver));
+    if mode.as_deref() == Some("mmcfg0") && !xen.mmcfg_off() {
+        return Err(Failure::new(
+            format!(
+                "driver domain {name:?} was told mode=mmcfg0, but this Xen was not booted with mmcfg=0: its first configuration write would end it"
+            ),
+            "boot Xen with mmcfg=0, or take mode=mmcfg0 out of its configuration and start it again",
+        ));
+    }
+    Ok(())
+}
+
+/// What an errno of assign_device means.
+fn assign_failure(sbdf: Sbdf, number: i32) -> Failure {
+    let (why, remedy) = match number {
+        1 => (
+            "Xen refuses it, as it shares reserved memory (RMRR) with the platform",
+            "use another device or port; see xl dmesg",
+        ),
+        16 => (
+            "MASKALL is still set in its MSI-X control, from before",
+            "reset it (echo 1 > sysfs reset) or power-cycle the host",
+        ),
+        19 => (
+            "Xen does not know it, or another domain owns it",
+            "xl-pciback assignable-remove and assignable-add it again",
+        ),
+        95 => (
+            "the guest has no IOMMU context",
+            "add passthrough = \"enabled\" to the guest's xl configuration and start it again",
+        ),
+        38 => ("there is no IOMMU", "switch on VT-d or AMD-Vi in the firmware"),
+        _ => ("Xen refuses the assignment", "see xl dmesg"),
+    };
+    Failure::new(format!("{sbdf} cannot be assigned to the guest: {why}: {}", errno(number)), remedy)
+}
+
+fn carry_out<'a>(
+    host: &'a Host<'a>,
+    link: &'a Link,
+    guest: &'a Guest,
+    function: &'a Function,
+    options: &Options,
+    undo: &mut Undo<'a>,
+) -> Outcome<String> {
+    let sbdf = function.sbdf;
+    let domid = guest.domid;
+    reset(host, sbdf);
+
+    host.xen.assign(domid, sbdf, false).map_err(|number| assign_failure(sbdf, number))?;
+    undo.push((
+        "assignment",
+        Box::new(move || {
+            host.xen.deassign(domid, sbdf)?;
+            quarantine(host, sbdf)
+        }),
+    ));
+
+    // Pushed first: if the third BAR fails, the first two are taken back.
+    undo.push(("memory and ports", Box::new(move || host.bars(domid, function, false).map_err(|(_, number)| number))));
+    host.bars(domid, function, true).map_err(|(range, number)| {
+        Failure::new(format!("{sbdf}: Xen refuses the guest access to {range}: {}", errno(number)), "see xl dmesg")
+    })?;
+
+    let irq = if (1..255).contains(&function.irq) { function.irq } else { 0 };
+    if irq != 0 {
+        host.xen.map_pirq(domid, irq).map_err(|number| {
+            Failure::new(format!("{sbdf}: GSI {irq} cannot be mapped for the guest: {}", errno(number)), "see xl dmesg")
+        })?;
+        undo.push(("interrupt", Box::new(move || host.xen.unmap_pirq(domid, irq))));
+        host.xen.irq(domid, irq, true).map_err(|number| {
+            Failure::new(format!("{sbdf}: the guest cannot be allowed pirq {irq}: {}", errno(number)), "see xl dmesg")
+        })?;
+        undo.push(("interrupt permission", Box::new(move || host.xen.irq(domid, irq, false))));
+    } else {
+        eprintln!("xl-pciback: warning: {sbdf} has no line interrupt that dom0 has routed; its driver may not work");
+    }
+
+    let first = link.count(host.store, 0).is_none();
+    let list = nodes::function_nodes(function, irq, options.permissive);
+    // A change that is under way ends first: the frontend is asked about one at a time.
+    let settled = host.wait(PATIENCE, || {
+        let state = host.store.read(0, &link.back("state"));
+        (!matches!(state.as_deref(), Some("5" | "7" | "8"))).then_some(())
+    });
+    if settled.is_none() {
+        return Err(Failure::new(
+            format!("guest {:?} has not finished an earlier change of its devices", guest.name),
+            "see whether its kernel runs, then try again",
+        ));
+    }
+    announce(host, link, guest, &list).map_err(|number| {
+        Failure::new(
+            format!("{sbdf}: xenstore refuses the announcement: {}", errno(number)),
+            "see whether xenstored runs",
+        )
+    })?;
+    undo.push(("announcement", Box::new(move || withdraw(host, link, sbdf))));
+
+    eprintln!("xl-pciback: {sbdf}: waiting for the driver domain");
+    wait_exported(host, link, sbdf)?;
+    let address =
+        link.index_of(host.store, 0, sbdf).and_then(|index| host.store.read(0, &link.back(&format!("vdev-{index}"))));
+    let address = address.unwrap_or_default();
+    let connected = host.store.read(0, &link.back("state")).is_some_and(|state| state == "4");
+    Ok(match (first, connected) {
+        (true, false) => {
+            format!("{sbdf}: exported to {:?} as {address}; it connects when its xen-pcifront loads", guest.name)
+        }
+        _ => format!("{sbdf}: exported to {:?} as {address}", guest.name),
+    })
+}
+
+/// dom0's own reset, where the function has one. A failure is told and no more: a guest's driver
+/// resets its device again.
+pub fn reset(host: &Host<'_>, sbdf: Sbdf) {
+    if !host.sysfs.has(sbdf, "reset") {
+        eprintln!("xl-pciback: warning: {sbdf} has no reset that dom0 knows; what the last guest left in it stays");
+    } else if let Err(failure) = host.sysfs.set(sbdf, "reset", "1") {
+        eprintln!("xl-pciback: warning: {}", failure.what);
+    }
+}
+
+/// Puts a function into quarantine, where its DMA reaches nothing.
+pub fn quarantine(host: &Host<'_>, sbdf: Sbdf) -> Result<(), i32> {
+    match host.xen.assign(DOMID_IO, sbdf, true) {
+        // ENODEV: Xen put it there by itself when it left the guest. ENOSYS, EOPNOTSUPP: no IOMMU.
+        Err(19 | 38 | 95) => Ok(()),
+        other => other,
+    }
+}
+
+/// Lists the function in xenstore, in one transaction.
+fn announce(host: &Host<'_>, link: &Link, guest: &Guest, list: &[(&'static str, String)]) -> Result<(), i32> {
+    let Link { driver, guest: domid } = *link;
+    transaction(host.store, |tx| {
+        let write = |path: &str, value: &str| host.store.write(tx, path, value);
+        let node = |path: &str, value: &str| {
+            write(path, value)?;
+            host.store.permit(tx, path, driver, Some(domid))
+        };
+        let count = link.count(host.store, tx);
+        let index = count.unwrap_or(0);
+        if count.is_none() {
+            for folder in ["backend", "backend/pci", &format!("backend/pci/{domid}")] {
+                let path = format!("/local/domain/{driver}/{folder}");
+                if host.store.read(tx, &path).is_none() {
+                    write(&path, "")?;
+                }
+                host.store.permit(tx, &path, driver, None)?;
+            }
+            node(&link.back_folder(), "")?;
+            node(&link.back("frontend"), &link.front_folder())?;
+            node(&link.back("frontend-id"), &domid.to_string())?;
+            node(&link.back("online"), "1")?;
+            node(&link.back("domain"), &guest.name)?;
+            let front = |path: &str, value: &str| {
+                write(path, value)?;
+                host.store.permit(tx, path, domid, Some(driver))
+            };
+            front(&link.front_folder(), "")?;
+            front(&link.front("backend"), &link.back_folder())?;
+            front(&link.front("backend-id"), &driver.to_string())?;
+            front(&link.front("state"), "1")?;
+        }
+        for (name, value) in list {
+            node(&link.back(&format!("{name}-{index}")), value)?;
+        }
+        node(&link.back(&format!("state-{index}")), "1")?;
+        node(&link.back("num_devs"), &(index + 1).to_string())?;
+        if count.is_none() {
+            node(&link.back("state"), "1")
+        } else if host.store.read(tx, &link.back("state")).is_some_and(|state| state == "4") {
+            write(&link.back("state"), "7")
+        } else {
+            Ok(())
+        }
+    })
+}
+
+/// Takes the function out of the list, and the folders with the last one.
+pub fn withdraw(host: &Host<'_>, link: &Link, sbdf: Sbdf) -> Result<(), i32> {
+    transaction(host.store, |tx| {
+        let Some(index) = link.index_of(host.store, tx, sbdf) else { return Ok(()) };
+        let count = link.count(host.store, tx).unwrap_or(0);
+        if count <= 1 {
+            host.store.remove(tx, &link.front_folder())?;
+            host.store.remove(tx, &link.back_folder())?;
+            for parent in [
+                format!("/local/domain/{}/device/pci", link.guest),
+                format!("/local/domain/{}/backend/pci/{}", link.driver, link.guest),
+                format!("/local/domain/{}/backend/pci", link.driver),
+                format!("/local/domain/{}/backend", link.driver),
+            ] {
+                if host.store.list(tx, &parent).is_empty() {
+                    host.store.remove(tx, &parent)?;
+                }
+            }
+            return Ok(());
+        }
+        // Every higher place moves down by one, as libxl does it.
+        for from in index + 1..count {
+            for name in nodes::PER_FUNCTION {
+                let to = link.back(&format!("{name}-{}", from - 1));
+                match host.store.read(tx, &link.back(&format!("{name}-{from}"))) {
+                    Some(value) => {
+                        host.store.write(tx, &to, &value)?;
+                        host.store.permit(tx, &to, link.driver, Some(link.guest))?;
+                    }
+                    None => host.store.remove(tx, &to)?,
+                }
+            }
+        }
+        for name in nodes::PER_FUNCTION {
+            host.store.remove(tx, &link.back(&format!("{name}-{}", count - 1)))?;
+        }
+        host.store.write(tx, &link.back("num_devs"), &(count - 1).to_string())?;
+        // A frontend that never answered the change is not asked again.
+        if host.store.read(tx, &link.back("state")).is_some_and(|state| state == "7") {
+            host.store.write(tx, &link.back("state"), "4")?;
+        }
+        Ok(())
+    })
+}
+
+fn wait_exported(host: &Host<'_>, link: &Link, sbdf: Sbdf) -> Outcome<()> {
+    let verdict = host.wait(PATIENCE, || {
+        let index = link.index_of(host.store, 0, sbdf)?;
+        if let Some(error) = host.store.read(0, &link.back(&format!("error-{index}"))) {
+            return Some(Err(error));
+        }
+        if let Some(error) = host.store.read(0, &link.back("error")) {
+            return Some(Err(error));
+        }
+        let state = host.store.read(0, &link.back(&format!("state-{index}")))?;
+        (state == "3").then_some(Ok(()))
+    });
+    match verdict {
+        Some(Ok(())) => Ok(()),
+        Some(Err(error)) => Err(Failure::new(
+            format!("the driver domain does not export {sbdf}: {error}"),
+            "mend what it says; xl console of the driver domain may tell more",
+        )),
+        None => Err(Failure::new(
+            format!("the driver domain or the guest did not answer within {} seconds about {sbdf}", PATIENCE.as_secs()),
+            "see xl console of the driver domain, and whether the guest's kernel runs",
+        )),
+    }
+}

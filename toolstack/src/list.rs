@@ -1,0 +1,121 @@
+//! `list`: every driver domain's functions and where they are.
+
+use serde_json::{Value, json};
+
+use crate::nodes;
+use crate::xen::Store;
+
+/// One function of one driver domain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// Driver domain: number and name.
+    pub driver: (u32, String),
+    /// Address.
+    pub function: String,
+    /// `ready`, `in-use`, `broken`.
+    pub state: String,
+    /// Vendor and device id.
+    pub id: String,
+    /// The guest that has it: number and name.
+    pub guest: Option<(u32, String)>,
+    /// The only guest that may have it.
+    pub promised: Option<String>,
+    /// The address in the guest.
+    pub address: Option<String>,
+    /// Why it is broken.
+    pub reason: Option<String>,
+    /// Mode of the driver domain.
+    pub mode: String,
+}
+
+/// All rows.
+pub fn rows(store: &dyn Store) -> Vec<Row> {
+    let mut rows = Vec::new();
+    for (driver, name) in nodes::drivers(store) {
+        let base = format!("/local/domain/{driver}/data/pciback");
+        let mode = store.read(0, &format!("{base}/mode")).unwrap_or_default();
+        let mut folders = store.list(0, &format!("{base}/device"));
+        folders.sort();
+        for folder in folders {
+            let read =
+                |node: &str| store.read(0, &format!("{base}/device/{folder}/{node}")).filter(|text| !text.is_empty());
+            // SSSS-BB-DD-F is SSSS:BB:DD.F
+            let parts: Vec<&str> = folder.split('-').collect();
+            let [segment, bus, device, function] = parts[..] else { continue };
+            let address = format!("{segment}:{bus}:{device}.{function}");
+            let guest: Option<u32> = read("frontend").and_then(|text| text.parse().ok());
+            let virtual_address = guest.and_then(|guest| {
+                let link = nodes::Link { driver, guest };
+                let index = link.index_of(store, 0, address.parse().ok()?)?;
+                store.read(0, &link.back(&format!("vdev-{index}")))
+            });
+            rows.push(Row {
+                driver: (driver, name.clone()),
+                function: address,
+                state: read("state").unwrap_or_default(),
+                id: read("id").unwrap_or_default(),
+                guest: guest.map(|id| (id, store.read(0, &format!("/local/domain/{id}/name")).unwrap_or_default())),
+                promised: read("guest"),
+                address: virtual_address,
+                reason: read("reason"),
+                mode: mode.clone(),
+            });
+        }
+    }
+    rows
+}
+
+/// As a table.
+pub fn table(rows: &[Row]) -> String {
+    let mut lines = vec![["DRIVER DOMAIN", "FUNCTION", "ID", "STATE", "GUEST", "ADDRESS IN GUEST"].map(String::from)];
+    for row in rows {
+        let guest = match (&row.guest, &row.promised) {
+            (Some((id, name)), _) => format!("{name} ({id})"),
+            (None, Some(name)) => format!("for {name}"),
+            (None, None) => "-".into(),
+        };
+        let state = match &row.reason {
+            Some(reason) => format!("{}: {reason}", row.state),
+            None => row.state.clone(),
+        };
+        let address = row.address.clone().unwrap_or_else(|| "-".into());
+        lines.push([
+            format!("{} ({})", row.driver.1, row.driver.0),
+            row.function.clone(),
+            row.id.clone(),
+            state,
+            guest,
+            address,
+        ]);
+    }
+    let width =
+        |column: usize| lines.iter().map(|line| line.get(column).map_or(0, |cell| cell.len())).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..6).map(width).collect();
+    let line = |cells: &[String; 6]| {
+        let padded: Vec<String> = cells.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        padded.join("  ").trim_end().to_string()
+    };
+    lines.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+/// As JSON: an array of objects with the keys `driver_domid`, `driver`, `mode`, `function`, `id`,
+/// `state`, `reason`, `guest_domid`, `guest`, `promised_to`, `guest_address`; what does not apply is null.
+pub fn json(rows: &[Row]) -> Value {
+    rows.iter()
+        .map(|row| {
+            json!({
+                "driver_domid": row.driver.0,
+                "driver": row.driver.1,
+                "mode": row.mode,
+                "function": row.function,
+                "id": row.id,
+                "state": row.state,
+                "reason": row.reason,
+                "guest_domid": row.guest.as_ref().map(|guest| guest.0),
+                "guest": row.guest.as_ref().map(|guest| guest.1.clone()),
+                "promised_to": row.promised,
+                "guest_address": row.address,
+            })
+        })
+        .collect()
+}

@@ -1,0 +1,281 @@
+//! What dom0's sysfs and ACPI tables say of PCI functions.
+
+use std::fs;
+use std::path::PathBuf;
+
+use pciback::sbdf::Sbdf;
+
+use crate::error::{Failure, Outcome};
+
+/// The name `driver_override` is set to: no driver has it, so none takes the function.
+pub const NOBODY: &str = "pciback-stubdom";
+
+/// dom0's file systems, at `/` or, in tests, elsewhere.
+#[derive(Clone, Debug)]
+pub struct Sysfs {
+    root: PathBuf,
+}
+
+/// One BAR or the ROM, a line of sysfs `resource`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Resource {
+    /// First address.
+    pub start: u64,
+    /// Last address.
+    pub end: u64,
+    /// `IORESOURCE_*`.
+    pub flags: u64,
+}
+
+impl Resource {
+    /// Whether it is a range of I/O ports.
+    pub fn is_io(&self) -> bool {
+        self.flags & 0x100 != 0
+    }
+
+    /// Whether there is anything to give access to.
+    pub fn is_used(&self) -> bool {
+        self.start != 0 && self.end >= self.start
+    }
+}
+
+/// What is known of one function.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Function {
+    /// Its address.
+    pub sbdf: Sbdf,
+    /// Vendor and device id.
+    pub id: (u16, u16),
+    /// PCI header type without the multifunction bit.
+    pub header_type: u8,
+    /// BAR0 to BAR5 and the ROM.
+    pub resources: [Resource; 7],
+    /// dom0's interrupt number: the GSI once dom0 has routed it.
+    pub irq: u32,
+    /// dom0's driver, if one has it.
+    pub driver: Option<String>,
+    /// `driver_override`, if set.
+    pub driver_override: Option<String>,
+}
+
+impl Function {
+    /// The ids as text.
+    pub fn id_text(&self) -> String {
+        format!("{:04x}:{:04x}", self.id.0, self.id.1)
+    }
+
+    /// The `resource-N` node: seven lines joined by semicolons.
+    pub fn resource_text(&self) -> String {
+        let lines = self.resources.map(|r| format!("{:#018x} {:#018x} {:#018x}", r.start, r.end, r.flags));
+        lines.join(";")
+    }
+
+    /// Whether the function was taken from dom0 for this project.
+    pub fn is_assignable(&self) -> bool {
+        self.driver.is_none() && self.driver_override.as_deref() == Some(NOBODY)
+    }
+}
+
+/// One entry of ACPI's MCFG table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ecam {
+    /// Address of bus 0.
+    pub base: u64,
+    /// Segment.
+    pub segment: u16,
+    /// First bus.
+    pub first_bus: u8,
+    /// Last bus.
+    pub last_bus: u8,
+}
+
+impl Ecam {
+    /// The function's frame number, if it is covered.
+    pub fn frame(&self, sbdf: Sbdf) -> Option<u64> {
+        let covered = sbdf.segment() == self.segment && (self.first_bus..=self.last_bus).contains(&sbdf.bus());
+        if covered { Some((self.base >> 12) + u64::from(sbdf.ecam_index())) } else { None }
+    }
+
+    /// As a word of the driver domain's command line.
+    pub fn word(&self) -> String {
+        format!("ecam={:04x}:{:02x}-{:02x}@{:x}", self.segment, self.first_bus, self.last_bus, self.base)
+    }
+}
+
+fn parse_hex(text: &str) -> Option<u64> {
+    u64::from_str_radix(text.trim().trim_start_matches("0x"), 16).ok()
+}
+
+impl Default for Sysfs {
+    fn default() -> Sysfs {
+        Sysfs { root: "/".into() }
+    }
+}
+
+impl Sysfs {
+    /// A tree at `root`, for tests.
+    #[cfg(test)]
+    pub fn at(root: &std::path::Path) -> Sysfs {
+        Sysfs { root: root.into() }
+    }
+
+    fn folder(&self, sbdf: Sbdf) -> PathBuf {
+        self.root.join(format!("sys/bus/pci/devices/{sbdf}"))
+    }
+
+    /// Every function of the host.
+    pub fn functions(&self) -> Vec<Sbdf> {
+        let entries = fs::read_dir(self.root.join("sys/bus/pci/devices"));
+        let names = entries.into_iter().flatten().flatten().map(|entry| entry.file_name());
+        let mut all: Vec<Sbdf> = names.filter_map(|name| name.to_str()?.parse().ok()).collect();
+        all.sort_unstable();
+        all
+    }
+
+    /// What is known of `sbdf`.
+    ///
+    /// # Errors
+    /// There is no such function, or it cannot be read.
+    pub fn function(&self, sbdf: Sbdf) -> Outcome<Function> {
+        let folder = self.folder(sbdf);
+        let read = |name: &str| fs::read_to_string(folder.join(name)).map(|text| text.trim().to_string());
+        if !folder.exists() {
+            return Err(Failure::new(
+                format!("{sbdf}: the host has no such PCI function"),
+                "lspci -D lists what there is",
+            ));
+        }
+        let unreadable = || Failure::new(format!("{sbdf}: {} cannot be read", folder.display()), "run as root in dom0");
+        let number = |name: &str| read(name).ok().and_then(|text| parse_hex(&text)).ok_or_else(unreadable);
+        let mut resources = [Resource::default(); 7];
+        let text = read("resource").map_err(|_| unreadable())?;
+        for (resource, line) in resources.iter_mut().zip(text.lines()) {
+            let mut fields = line.split_ascii_whitespace().map(parse_hex);
+            if let (Some(Some(start)), Some(Some(end)), Some(Some(flags))) =
+                (fields.next(), fields.next(), fields.next())
+            {
+                *resource = Resource { start, end, flags };
+            }
+        }
+        let header = fs::read(folder.join("config")).map_err(|_| unreadable())?;
+        let driver = fs::read_link(folder.join("driver")).ok();
+        let driver = driver.and_then(|link| Some(link.file_name()?.to_str()?.to_string()));
+        let forced = read("driver_override").ok().filter(|name| !name.is_empty() && name != "(null)");
+        Ok(Function {
+            sbdf,
+            id: (number("vendor")? as u16, number("device")? as u16),
+            header_type: header.get(0x0e).copied().unwrap_or(0xff) & 0x7f,
+            resources,
+            irq: read("irq").ok().and_then(|text| text.parse().ok()).unwrap_or(0),
+            driver,
+            driver_override: forced,
+        })
+    }
+
+    /// Writes an attribute of a function.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn set(&self, sbdf: Sbdf, attribute: &str, value: &str) -> Outcome<()> {
+        fs::write(self.folder(sbdf).join(attribute), value).map_err(|error| {
+            Failure::new(
+                format!("{sbdf}: dom0's kernel refuses {attribute} = {value:?}: {error}"),
+                "see dom0's kernel log (dmesg)",
+            )
+        })
+    }
+
+    /// Whether a function has an attribute.
+    pub fn has(&self, sbdf: Sbdf, attribute: &str) -> bool {
+        self.folder(sbdf).join(attribute).exists()
+    }
+
+    /// Takes a function from its driver.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn unbind(&self, sbdf: Sbdf) -> Outcome<()> {
+        self.set(sbdf, "driver/unbind", &sbdf.to_string())
+    }
+
+    /// Has the kernel look for a driver.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn probe(&self, sbdf: Sbdf) -> Outcome<()> {
+        fs::write(self.root.join("sys/bus/pci/drivers_probe"), sbdf.to_string())
+            .map_err(|error| Failure::new(format!("{sbdf}: no driver could be looked for: {error}"), "see dmesg"))
+    }
+
+    /// The ECAM windows of ACPI's MCFG table.
+    ///
+    /// # Errors
+    /// There is no table, or it is malformed.
+    pub fn ecam(&self) -> Outcome<Vec<Ecam>> {
+        let table = fs::read(self.root.join("sys/firmware/acpi/tables/MCFG")).map_err(|error| {
+            Failure::new(
+                format!("ACPI's MCFG table cannot be read: {error}"),
+                "run as root in dom0; a host without PCI Express has no such table and cannot be used",
+            )
+        })?;
+        let windows = parse_mcfg(&table);
+        if windows.is_empty() {
+            return Err(Failure::new(
+                "ACPI's MCFG table names no window",
+                "the firmware is at fault; look for an update",
+            ));
+        }
+        Ok(windows)
+    }
+}
+
+/// Entries of an MCFG table (PCI Firmware specification 3.0, 4.1.2): 44 bytes of header, 16 an entry.
+pub fn parse_mcfg(table: &[u8]) -> Vec<Ecam> {
+    let len = table.get(4..8).and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_le_bytes) as usize;
+    let body = table.get(44..len.min(table.len())).unwrap_or(&[]);
+    body.chunks_exact(16)
+        .filter_map(|entry| {
+            Some(Ecam {
+                base: u64::from_le_bytes(entry.get(0..8)?.try_into().ok()?),
+                segment: u16::from_le_bytes(entry.get(8..10)?.try_into().ok()?),
+                first_bus: *entry.get(10)?,
+                last_bus: *entry.get(11)?,
+            })
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mcfg(entries: &[(u64, u16, u8, u8)]) -> Vec<u8> {
+        let mut table = vec![0; 44];
+        table[..4].copy_from_slice(b"MCFG");
+        for (base, segment, first, last) in entries {
+            table.extend(base.to_le_bytes());
+            table.extend(segment.to_le_bytes());
+            table.extend([*first, *last, 0, 0, 0, 0]);
+        }
+        let len = table.len() as u32;
+        table[4..8].copy_from_slice(&len.to_le_bytes());
+        table
+    }
+
+    #[test]
+    fn several_segments_are_found_and_a_short_table_is_no_trouble() {
+        let table = mcfg(&[(0xb000_0000, 0, 0, 255), (0x80_0000_0000, 2, 0x40, 0x7f)]);
+        let windows = parse_mcfg(&table);
+        assert_eq!(windows.len(), 2);
+        assert_eq!(windows[0].word(), "ecam=0000:00-ff@b0000000");
+        assert_eq!(windows[1].frame("0002:40:00.1".parse().unwrap()), Some(0x800_4001));
+        assert_eq!(windows[1].frame("0002:3f:00.1".parse().unwrap()), None);
+        assert_eq!(parse_mcfg(&table[..70]).len(), 1);
+        for len in 0..44 {
+            assert!(parse_mcfg(&table[..len]).is_empty());
+        }
+        let mut lying = table.clone();
+        lying[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
+        assert_eq!(parse_mcfg(&lying).len(), 2);
+    }
+}

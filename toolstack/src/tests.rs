@@ -1,0 +1,466 @@
+//! Attach and detach against recorded fakes: what is checked, in which order things are done, and that
+//! a failure at any step leaves nothing behind.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use pciback::sbdf::Sbdf;
+
+use crate::attach::{self, Host, attach};
+use crate::detach::{self, detach};
+use crate::domains::{Domains, Guest, XenInfo};
+use crate::error::{Failure, Outcome};
+use crate::sysfs::{NOBODY, Sysfs};
+use crate::xen::{Hypervisor, Store};
+use crate::{assignable, list};
+
+const NIC: &str = "0000:01:00.0";
+
+/// A host that records. Step number `fail_at` of hypercalls and writes fails.
+struct Fake {
+    root: PathBuf,
+    log: RefCell<Vec<String>>,
+    nodes: RefCell<BTreeMap<String, String>>,
+    saved: RefCell<Option<BTreeMap<String, String>>>,
+    guest: RefCell<Guest>,
+    info: RefCell<XenInfo>,
+    step: Cell<u32>,
+    fail_at: Cell<u32>,
+    /// Whether driver domain and frontend answer.
+    alive: Cell<bool>,
+    refuse: Cell<bool>,
+}
+
+impl Fake {
+    fn new(name: &str) -> Fake {
+        let root = std::env::temp_dir().join(format!("xl-pciback-{}-{name}", std::process::id()));
+        let folder = root.join(format!("sys/bus/pci/devices/{NIC}"));
+        fs::create_dir_all(&folder).unwrap();
+        let write = |name: &str, text: &str| fs::write(folder.join(name), text).unwrap();
+        write("vendor", "0x8086\n");
+        write("device", "0x10d3\n");
+        write("irq", "21\n");
+        write("reset", "");
+        write("enable", "1\n");
+        write("driver_override", &format!("{NOBODY}\n"));
+        write(
+            "resource",
+            "0x0000000380000000 0x0000000380003fff 0x0000000000140204\n0x0 0x0 0x0\n0x000000000000c040 0x000000000000c05f 0x0000000000040101\n",
+        );
+        fs::write(folder.join("config"), [0u8; 64]).unwrap();
+        let fake = Fake {
+            root,
+            log: RefCell::default(),
+            nodes: RefCell::default(),
+            saved: RefCell::default(),
+            guest: RefCell::new(Guest {
+                domid: 3,
+                name: "db1".into(),
+                kind: "pv".into(),
+                e820_host: true,
+                passthrough: "enabled".into(),
+            }),
+            info: RefCell::new(XenInfo { commandline: "mmcfg=0".into(), virt_caps: "pv_directio".into() }),
+            step: Cell::new(0),
+            fail_at: Cell::new(0),
+            alive: Cell::new(true),
+            refuse: Cell::new(false),
+        };
+        for (path, value) in [
+            ("/local/domain/2/name", "pciback0"),
+            ("/local/domain/2/data/pciback/version", "0.1.0"),
+            ("/local/domain/2/data/pciback/mode", "mmcfg0"),
+            ("/local/domain/2/data/pciback/device/0000-01-00-0/state", "ready"),
+            ("/local/domain/2/data/pciback/device/0000-01-00-0/id", "8086:10d3"),
+            ("/local/domain/3/name", "db1"),
+        ] {
+            fake.nodes.borrow_mut().insert(path.into(), value.into());
+        }
+        fake
+    }
+
+    fn set(&self, path: &str, value: &str) {
+        self.nodes.borrow_mut().insert(path.into(), value.into());
+    }
+
+    fn sysfs(&self) -> Sysfs {
+        Sysfs::at(&self.root)
+    }
+
+    fn set_sysfs(&self, name: &str, text: &str) {
+        fs::write(self.root.join(format!("sys/bus/pci/devices/{NIC}/{name}")), text).unwrap();
+    }
+
+    fn with<T>(&self, job: impl FnOnce(&Host<'_>) -> T) -> T {
+        let sysfs = self.sysfs();
+        job(&Host { xen: self, store: self, sysfs: &sysfs, domains: self })
+    }
+
+    fn attach(&self) -> Outcome<String> {
+        self.with(|host| attach(host, "db1", NIC.parse().unwrap(), &attach::Options::default()))
+    }
+
+    fn detach(&self, force: bool) -> Outcome<String> {
+        let options = detach::Options { timeout: Duration::from_millis(60), force, driver: None };
+        self.with(|host| detach(host, "db1", NIC.parse().unwrap(), &options))
+    }
+
+    /// Counts a step that can fail, and records it.
+    fn try_step(&self, what: String) -> Result<(), i32> {
+        self.step.set(self.step.get() + 1);
+        if self.step.get() == self.fail_at.get() {
+            return Err(22);
+        }
+        self.log.borrow_mut().push(what);
+        Ok(())
+    }
+
+    /// What driver domain and frontend do when the list changes.
+    fn react(&self) {
+        let base = "/local/domain/2/backend/pci/3/0";
+        let mut nodes = self.nodes.borrow_mut();
+        if !self.alive.get() || !nodes.contains_key(&format!("{base}/state")) {
+            return;
+        }
+        for index in 0..4 {
+            let state = format!("{base}/state-{index}");
+            match nodes.get(&state).map(String::as_str) {
+                Some("1") if self.refuse.get() => {
+                    nodes.insert(format!("{base}/error-{index}"), "it is on fire".into());
+                    nodes.insert(state, "6".into());
+                }
+                Some("1") => drop(nodes.insert(state, "3".into())),
+                Some("5") => drop(nodes.insert(state, "6".into())),
+                _ => {}
+            }
+        }
+        nodes.insert(format!("{base}/state"), "4".into());
+    }
+
+    /// Rights that were given and not taken back.
+    fn rights(&self) -> BTreeMap<String, i32> {
+        let mut rights = BTreeMap::new();
+        for line in self.log.borrow().iter() {
+            if let Some((right, change)) = line.rsplit_once(' ')
+                && ["+", "-"].contains(&change)
+            {
+                *rights.entry(right.to_string()).or_insert(0) = i32::from(change == "+");
+            }
+        }
+        rights.retain(|_, given| *given != 0);
+        rights
+    }
+}
+
+impl Drop for Fake {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.root);
+    }
+}
+
+fn sign(allow: bool) -> char {
+    if allow { '+' } else { '-' }
+}
+
+impl Hypervisor for Fake {
+    fn assign(&self, domid: u32, sbdf: Sbdf, relaxed: bool) -> Result<(), i32> {
+        assert_eq!(relaxed, domid == 0x7ff1);
+        let right = if domid == 0x7ff1 { format!("quarantine {sbdf}") } else { format!("assign {sbdf} {domid} +") };
+        self.try_step(right)
+    }
+    fn deassign(&self, domid: u32, sbdf: Sbdf) -> Result<(), i32> {
+        self.try_step(format!("assign {sbdf} {domid} -"))
+    }
+    fn iomem(&self, domid: u32, first: u64, frames: u64, allow: bool) -> Result<(), i32> {
+        self.try_step(format!("iomem {domid} {first:x} {frames} {}", sign(allow)))
+    }
+    fn ioport(&self, domid: u32, first: u32, count: u32, allow: bool) -> Result<(), i32> {
+        self.try_step(format!("ioport {domid} {first:x} {count} {}", sign(allow)))
+    }
+    fn map_pirq(&self, domid: u32, gsi: u32) -> Result<(), i32> {
+        self.try_step(format!("pirq {domid} {gsi} +"))
+    }
+    fn unmap_pirq(&self, domid: u32, pirq: u32) -> Result<(), i32> {
+        self.try_step(format!("pirq {domid} {pirq} -"))
+    }
+    fn irq(&self, domid: u32, pirq: u32, allow: bool) -> Result<(), i32> {
+        self.try_step(format!("irq {domid} {pirq} {}", sign(allow)))
+    }
+}
+
+impl Store for Fake {
+    fn read(&self, tx: u32, path: &str) -> Option<String> {
+        if tx == 0 {
+            self.react();
+        }
+        self.nodes.borrow().get(path).cloned()
+    }
+    fn write(&self, _: u32, path: &str, value: &str) -> Result<(), i32> {
+        self.try_step(format!("write {path}"))?;
+        self.set(path, value);
+        Ok(())
+    }
+    fn remove(&self, _: u32, path: &str) -> Result<(), i32> {
+        self.log.borrow_mut().push(format!("remove {path}"));
+        let below = format!("{path}/");
+        self.nodes.borrow_mut().retain(|key, _| key != path && !key.starts_with(&below));
+        Ok(())
+    }
+    fn list(&self, _: u32, path: &str) -> Vec<String> {
+        let below = format!("{path}/");
+        let nodes = self.nodes.borrow();
+        let mut names: Vec<String> =
+            nodes.keys().filter_map(|key| key.strip_prefix(&below)?.split('/').next().map(String::from)).collect();
+        names.dedup();
+        names
+    }
+    fn permit(&self, _: u32, _: &str, owner: u32, _: Option<u32>) -> Result<(), i32> {
+        assert!([2, 3].contains(&owner));
+        Ok(())
+    }
+    fn begin(&self) -> Result<u32, i32> {
+        *self.saved.borrow_mut() = Some(self.nodes.borrow().clone());
+        Ok(1)
+    }
+    fn end(&self, _: u32, commit: bool) -> Result<(), i32> {
+        let saved = self.saved.borrow_mut().take().unwrap();
+        if !commit {
+            *self.nodes.borrow_mut() = saved;
+        }
+        Ok(())
+    }
+}
+
+impl Domains for Fake {
+    fn guest(&self, name: &str) -> Outcome<Guest> {
+        let guest = self.guest.borrow().clone();
+        if guest.name == name { Ok(guest) } else { Err(Failure::new("no such domain", "start it")) }
+    }
+    fn xen(&self) -> Outcome<XenInfo> {
+        Ok(self.info.borrow().clone())
+    }
+}
+
+#[test]
+fn attach_goes_in_the_order_of_the_design_and_gives_just_what_is_needed() {
+    let fake = Fake::new("order");
+    let told = fake.attach().unwrap();
+    assert!(told.contains("exported to \"db1\""), "{told}");
+    let log = fake.log.borrow();
+    let hypercalls: Vec<&str> = log.iter().map(String::as_str).filter(|line| !line.starts_with("write")).collect();
+    assert_eq!(
+        hypercalls,
+        ["assign 0000:01:00.0 3 +", "iomem 3 380000 4 +", "ioport 3 c040 32 +", "pirq 3 21 +", "irq 3 21 +"]
+    );
+    let nodes = fake.nodes.borrow();
+    let back = |name: &str| nodes[&format!("/local/domain/2/backend/pci/3/0/{name}")].clone();
+    assert_eq!(
+        (back("dev-0"), back("irq-0"), back("num_devs"), back("domain")),
+        (NIC.into(), "21".into(), "1".into(), "db1".into())
+    );
+    assert!(pciback::config::Resource::parse_list(&back("resource-0")).is_some(), "the driver domain understands it");
+    assert_eq!(nodes["/local/domain/3/device/pci/0/backend"], "/local/domain/2/backend/pci/3/0");
+}
+
+#[test]
+fn a_failure_at_any_step_leaves_nothing_behind() {
+    let steps = {
+        let fake = Fake::new("count");
+        fake.attach().unwrap();
+        fake.step.get()
+    };
+    assert!(steps > 20);
+    for step in 1..=steps {
+        let fake = Fake::new(&format!("fail{step}"));
+        let before = fake.nodes.borrow().clone();
+        fake.fail_at.set(step);
+        let failure = fake.attach().expect_err("a step failed");
+        assert!(failure.what.contains("EINVAL"), "{failure}");
+        assert_eq!(*fake.nodes.borrow(), before, "step {step}");
+        assert_eq!(fake.rights(), BTreeMap::new(), "step {step}");
+    }
+}
+
+#[test]
+fn a_refusal_by_the_driver_domain_is_told_and_leaves_nothing_behind() {
+    let fake = Fake::new("refuse");
+    let before = fake.nodes.borrow().clone();
+    fake.refuse.set(true);
+    let failure = fake.attach().expect_err("refused");
+    assert!(failure.what.contains("it is on fire"), "{failure}");
+    assert_eq!(*fake.nodes.borrow(), before);
+    assert_eq!(fake.rights(), BTreeMap::new());
+    assert!(fake.log.borrow().contains(&format!("quarantine {NIC}")));
+}
+
+#[test]
+fn every_wrong_start_has_its_own_message_and_changes_nothing() {
+    type Change = fn(&Fake);
+    let cases: [(Change, &str, &str); 14] = [
+        (|f| f.guest.borrow_mut().name = "other".into(), "no such domain", "start"),
+        (|f| f.guest.borrow_mut().kind = "pvh".into(), "PV guests only", "type = \"pv\""),
+        (|f| f.guest.borrow_mut().e820_host = false, "without e820_host", "e820_host = 1"),
+        (|f| f.guest.borrow_mut().passthrough = "disabled".into(), "without passthrough", "passthrough = \"enabled\""),
+        (|f| f.set_sysfs("driver_override", "(null)\n"), "not made assignable", "assignable-add"),
+        (
+            |f| drop(f.nodes.borrow_mut().remove("/local/domain/2/data/pciback/version")),
+            "no driver domain is running",
+            "xl create",
+        ),
+        (
+            |f| drop(f.nodes.borrow_mut().remove("/local/domain/2/data/pciback/device/0000-01-00-0/state")),
+            "no running driver domain has 0000:01:00.0",
+            "dev=",
+        ),
+        (|f| f.set("/local/domain/2/data/pciback/device/0000-01-00-0/state", "in-use"), "already attached", "detach"),
+        (
+            |f| {
+                f.set("/local/domain/2/data/pciback/device/0000-01-00-0/state", "broken");
+                f.set("/local/domain/2/data/pciback/device/0000-01-00-0/reason", "no frame");
+            },
+            "no frame",
+            "start the driver domain again",
+        ),
+        (|f| f.set("/local/domain/2/data/pciback/device/0000-01-00-0/id", "8086:1533"), "reads 8086:1533", "check"),
+        (
+            |f| f.set("/local/domain/2/data/pciback/device/0000-01-00-0/guest", "web"),
+            "promised to guest \"web\"",
+            "attach it to that guest",
+        ),
+        (|f| f.info.borrow_mut().virt_caps.clear(), "no usable IOMMU", "firmware"),
+        (|f| f.info.borrow_mut().commandline.clear(), "not booted with mmcfg=0", "boot Xen with mmcfg=0"),
+        (
+            |f| {
+                let folder = f.root.join(format!("sys/bus/pci/devices/{NIC}"));
+                std::os::unix::fs::symlink("/sys/bus/pci/drivers/e1000e", folder.join("driver")).unwrap();
+            },
+            "in use by dom0's driver \"e1000e\"",
+            "assignable-add",
+        ),
+    ];
+    for (number, (change, told, remedy)) in cases.into_iter().enumerate() {
+        let fake = Fake::new(&format!("wrong{number}"));
+        change(&fake);
+        let before = fake.nodes.borrow().clone();
+        let failure = fake.attach().expect_err(told);
+        assert!(failure.what.contains(told), "{failure}");
+        assert!(failure.remedy.contains(remedy), "{failure}");
+        assert_eq!(*fake.nodes.borrow(), before, "{told}");
+        assert!(fake.log.borrow().is_empty(), "{told}");
+    }
+}
+
+/// libxl revokes first and tells the guest afterwards.
+#[test]
+fn detach_tells_the_guest_before_it_takes_anything() {
+    let fake = Fake::new("detach");
+    let before = fake.nodes.borrow().clone();
+    fake.attach().unwrap();
+    fake.log.borrow_mut().clear();
+    fake.detach(false).unwrap();
+    let log = fake.log.borrow();
+    let first_right = log.iter().position(|line| line.ends_with(" -")).unwrap();
+    let told = log.iter().position(|line| line.ends_with("/state-0")).unwrap();
+    assert!(told < first_right);
+    let taken: Vec<&str> = log.iter().map(String::as_str).filter(|line| line.ends_with(" -")).collect();
+    // A BAR above 4 GiB is taken back at its full address (XSA-476).
+    assert_eq!(
+        taken,
+        ["irq 3 21 -", "pirq 3 21 -", "iomem 3 380000 4 -", "ioport 3 c040 32 -", "assign 0000:01:00.0 3 -"]
+    );
+    drop(log);
+    assert_eq!(*fake.nodes.borrow(), before);
+}
+
+#[test]
+fn a_guest_that_does_not_answer_keeps_its_device_unless_forced() {
+    let fake = Fake::new("deaf");
+    fake.attach().unwrap();
+    fake.alive.set(false);
+    fake.log.borrow_mut().clear();
+    let failure = fake.detach(false).expect_err("no answer");
+    assert!(failure.what.contains("did not let 0000:01:00.0 go"), "{failure}");
+    assert!(!fake.log.borrow().iter().any(|line| line.ends_with(" -")));
+    assert_eq!(fake.nodes.borrow()["/local/domain/2/backend/pci/3/0/state-0"], "3", "the wish is withdrawn");
+    fake.detach(true).unwrap();
+    assert!(fake.log.borrow().iter().any(|line| line.starts_with("assign") && line.ends_with(" -")));
+}
+
+#[test]
+fn detaching_what_is_not_attached_says_so() {
+    let fake = Fake::new("absent");
+    assert!(fake.detach(false).expect_err("absent").what.contains("is not attached"));
+}
+
+#[test]
+fn the_list_closes_up_when_a_function_in_the_middle_goes() {
+    let fake = Fake::new("renumber");
+    let base = "/local/domain/2/backend/pci/3/0";
+    fake.set(&format!("{base}/num_devs"), "3");
+    fake.set(&format!("{base}/state"), "4");
+    for (index, name) in ["0000:00:05.0", NIC, "0000:02:00.0"].iter().enumerate() {
+        fake.set(&format!("{base}/dev-{index}"), name);
+        fake.set(&format!("{base}/state-{index}"), "3");
+        fake.set(&format!("{base}/vdev-{index}"), &format!("0000:00:0{index}.00"));
+    }
+    fake.set(&format!("{base}/error-1"), "old");
+    let link = crate::nodes::Link { driver: 2, guest: 3 };
+    fake.with(|host| attach::withdraw(host, &link, NIC.parse().unwrap())).unwrap();
+    let nodes = fake.nodes.borrow();
+    assert_eq!(nodes[&format!("{base}/num_devs")], "2");
+    assert_eq!(nodes[&format!("{base}/dev-1")], "0000:02:00.0");
+    assert_eq!(nodes[&format!("{base}/vdev-1")], "0000:00:02.00");
+    assert!(!nodes.contains_key(&format!("{base}/error-1")));
+    assert!(!nodes.contains_key(&format!("{base}/dev-2")));
+}
+
+#[test]
+fn a_function_is_taken_from_dom0_and_given_back() {
+    let fake = Fake::new("assignable");
+    fake.set_sysfs("driver_override", "(null)\n");
+    let sbdf: Sbdf = NIC.parse().unwrap();
+    assert_eq!(fake.with(|host| assignable::add(host, sbdf)), Ok(format!("{NIC}: assignable")));
+    assert_eq!(fake.with(|host| assignable::add(host, sbdf)), Ok(format!("{NIC}: already assignable")));
+    assert_eq!(fake.with(assignable::list), [format!("{NIC} 8086:10d3 irq 21")]);
+    fake.set("/local/domain/2/backend/pci/3/0/num_devs", "1");
+    fake.set("/local/domain/2/backend/pci/3/0/dev-0", NIC);
+    let failure = fake.with(|host| assignable::remove(host, sbdf, true)).expect_err("attached");
+    assert!(failure.what.contains("attached to domain 3"), "{failure}");
+    fake.nodes.borrow_mut().remove("/local/domain/2/backend/pci/3/0/num_devs");
+    assert!(fake.with(|host| assignable::remove(host, sbdf, true)).is_ok());
+    assert!(fake.with(assignable::list).is_empty());
+}
+
+#[test]
+fn a_bridge_cannot_be_made_assignable() {
+    let fake = Fake::new("bridge");
+    let mut header = [0u8; 64];
+    header[0x0e] = 0x81;
+    fs::write(fake.root.join(format!("sys/bus/pci/devices/{NIC}/config")), header).unwrap();
+    let failure = fake.with(|host| assignable::add(host, NIC.parse().unwrap())).expect_err("bridge");
+    assert!(failure.what.contains("is a bridge"), "{failure}");
+}
+
+#[test]
+fn the_list_shows_states_guests_and_promises() {
+    let fake = Fake::new("list");
+    fake.attach().unwrap();
+    fake.set("/local/domain/2/data/pciback/device/0000-01-00-0/state", "in-use");
+    fake.set("/local/domain/2/data/pciback/device/0000-01-00-0/frontend", "3");
+    fake.set("/local/domain/2/backend/pci/3/0/vdev-0", "0000:00:00.00");
+    let rows = list::rows(&fake);
+    assert_eq!(rows.len(), 1);
+    let json = list::json(&rows);
+    assert_eq!(json[0]["function"], NIC);
+    assert_eq!(json[0]["guest"], "db1");
+    assert_eq!(json[0]["guest_address"], "0000:00:00.00");
+    assert_eq!(json[0]["reason"], serde_json::Value::Null);
+    let table = list::table(&rows);
+    assert!(
+        table.lines().nth(1).unwrap().contains("pciback0 (2)   0000:01:00.0  8086:10d3  in-use  db1 (3)"),
+        "{table}"
+    );
+}

@@ -1,0 +1,325 @@
+//! Xen's own libraries, loaded by soname so that one binary serves several releases: libxenctrl (its
+//! name carries the release) and libxenstore. The only module with `unsafe`.
+//!
+//! Prototypes: `xenctrl.h` and `xenstore.h` of 4.17; 4.20 has the same for the functions used here.
+
+use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_ulong, c_void};
+use std::fs;
+use std::io;
+
+use libloading::Library;
+use pciback::sbdf::Sbdf;
+
+use crate::error::{Failure, Outcome};
+
+/// What only dom0 may ask of the hypervisor. Errors are errno values.
+pub trait Hypervisor {
+    /// Moves a function to a domain's IOMMU context (`XEN_DOMCTL_assign_device`).
+    fn assign(&self, domid: u32, sbdf: Sbdf, relaxed_rdm: bool) -> Result<(), i32>;
+    /// Takes it away again.
+    fn deassign(&self, domid: u32, sbdf: Sbdf) -> Result<(), i32>;
+    /// Allows or forbids machine frames.
+    fn iomem(&self, domid: u32, first_frame: u64, frames: u64, allow: bool) -> Result<(), i32>;
+    /// Allows or forbids I/O ports.
+    fn ioport(&self, domid: u32, first: u32, count: u32, allow: bool) -> Result<(), i32>;
+    /// Maps a GSI to the same pirq of a domain.
+    fn map_pirq(&self, domid: u32, gsi: u32) -> Result<(), i32>;
+    /// Unmaps a pirq.
+    fn unmap_pirq(&self, domid: u32, pirq: u32) -> Result<(), i32>;
+    /// Allows or forbids a pirq.
+    fn irq(&self, domid: u32, pirq: u32, allow: bool) -> Result<(), i32>;
+}
+
+/// xenstore as dom0 sees it. `tx` 0 is outside any transaction. Errors are errno values.
+pub trait Store {
+    /// A node's value; `None` if there is no such node.
+    fn read(&self, tx: u32, path: &str) -> Option<String>;
+    /// Writes a node and makes its parents.
+    fn write(&self, tx: u32, path: &str, value: &str) -> Result<(), i32>;
+    /// Removes a node and all below it; none is fine.
+    fn remove(&self, tx: u32, path: &str) -> Result<(), i32>;
+    /// Names of a node's children.
+    fn list(&self, tx: u32, path: &str) -> Vec<String>;
+    /// Makes `owner` the owner of a node that `reader` may read.
+    fn permit(&self, tx: u32, path: &str, owner: u32, reader: Option<u32>) -> Result<(), i32>;
+    /// Starts a transaction.
+    fn begin(&self) -> Result<u32, i32>;
+    /// Ends it; EAGAIN asks to repeat.
+    fn end(&self, tx: u32, commit: bool) -> Result<(), i32>;
+}
+
+/// Runs `body` in a transaction until it commits without a conflict.
+///
+/// # Errors
+/// What the body or xenstored answered; nothing was changed then.
+pub fn transaction<S: Store + ?Sized>(store: &S, body: impl Fn(u32) -> Result<(), i32>) -> Result<(), i32> {
+    const EAGAIN: i32 = 11;
+    for _ in 0..16 {
+        let tx = store.begin()?;
+        if let Err(errno) = body(tx) {
+            // Dropping it cannot change anything.
+            let _ = store.end(tx, false);
+            return Err(errno);
+        }
+        match store.end(tx, true) {
+            Err(EAGAIN) => {}
+            other => return other,
+        }
+    }
+    Err(EAGAIN)
+}
+
+/// `struct xs_permissions`.
+#[repr(C)]
+struct Permission {
+    id: c_uint,
+    perms: c_uint,
+}
+
+const XS_PERM_NONE: c_uint = 0;
+const XS_PERM_READ: c_uint = 1;
+const XEN_DOMCTL_DEV_RDM_RELAXED: u32 = 1;
+
+/// Both libraries with an open handle each.
+pub struct Xen {
+    control: Library,
+    handle: *mut c_void,
+    store: Library,
+    xs: *mut c_void,
+}
+
+/// The symbol `name` of `library` as a function pointer. Only this module names types for it.
+macro_rules! function {
+    ($library:expr, $name:literal, fn($($arg:ty),*) -> $ret:ty) => {{
+        // SAFETY: the prototype is the one of Xen's header.
+        let symbol = unsafe { $library.get::<unsafe extern "C" fn($($arg),*) -> $ret>(concat!($name, "\0").as_bytes()) };
+        symbol.map(|symbol| *symbol)
+    }};
+}
+
+fn last_errno() -> i32 {
+    io::Error::last_os_error().raw_os_error().unwrap_or(5)
+}
+
+/// The running Xen's release, "4.17", from sysfs.
+pub fn release() -> Option<String> {
+    let read = |name: &str| fs::read_to_string(format!("/sys/hypervisor/version/{name}")).ok();
+    Some(format!("{}.{}", read("major")?.trim(), read("minor")?.trim()))
+}
+
+/// Loads the first of `names` that is there.
+fn load(names: &[String]) -> Option<Library> {
+    names.iter().find_map(|name| {
+        // SAFETY: Xen's libraries run no code of their own when they are loaded.
+        unsafe { Library::new(name) }.ok()
+    })
+}
+
+impl Xen {
+    /// Loads the libraries of the running release and opens both interfaces.
+    ///
+    /// # Errors
+    /// Not under Xen, not in dom0, or no libraries of this release.
+    pub fn open() -> Outcome<Xen> {
+        let release = release().ok_or_else(|| {
+            Failure::new(
+                "this machine does not run under Xen (there is no /sys/hypervisor/version)",
+                "run xl-pciback in dom0 of a Xen host, as root",
+            )
+        })?;
+        let name = format!("libxenctrl.so.{release}");
+        let folders = ["", "/usr/lib/x86_64-linux-gnu/", "/usr/lib64/", "/usr/lib/"];
+        let mut names: Vec<String> = folders.iter().map(|folder| format!("{folder}{name}")).collect();
+        names.push(format!("/usr/lib/xen-{release}/lib/x86_64-linux-gnu/{name}"));
+        names.push(format!("/usr/lib/xen-{release}/lib/{name}"));
+        let control = load(&names).ok_or_else(|| {
+            Failure::new(
+                format!("{name} is not installed"),
+                format!("install Xen's tools for {release} (Debian: xen-utils-{release})"),
+            )
+        })?;
+        let store = load(&["libxenstore.so.4".into(), "libxenstore.so".into()]).ok_or_else(|| {
+            Failure::new("libxenstore.so.4 is not installed", "install Xen's tools (Debian: xen-utils-common)")
+        })?;
+        let missing = |_| {
+            Failure::new(format!("{name} lacks a function this tool needs"), "report the Xen release to the project")
+        };
+        let open = function!(control, "xc_interface_open", fn(*mut c_void, *mut c_void, c_uint) -> *mut c_void)
+            .map_err(missing)?;
+        // SAFETY: null loggers are allowed; no flags.
+        let handle = unsafe { open(std::ptr::null_mut(), std::ptr::null_mut(), 0) };
+        let xs_open = function!(store, "xs_open", fn(c_ulong) -> *mut c_void).map_err(missing)?;
+        // SAFETY: no flags.
+        let xs = unsafe { xs_open(0) };
+        if handle.is_null() || xs.is_null() {
+            return Err(Failure::new(
+                format!("Xen's {} interface cannot be opened", if xs.is_null() { "xenstore" } else { "control" }),
+                "run as root in dom0, with xenstored running",
+            ));
+        }
+        Ok(Xen { control, handle, store, xs })
+    }
+}
+
+impl Drop for Xen {
+    fn drop(&mut self) {
+        if let Ok(close) = function!(self.control, "xc_interface_close", fn(*mut c_void) -> c_int) {
+            // SAFETY: our handle, used no more.
+            unsafe { close(self.handle) };
+        }
+        if let Ok(close) = function!(self.store, "xs_close", fn(*mut c_void) -> ()) {
+            // SAFETY: our handle, used no more.
+            unsafe { close(self.xs) };
+        }
+    }
+}
+
+/// Calls a function of libxenctrl that answers 0 or -1 with errno.
+macro_rules! control {
+    ($xen:expr, $name:literal, ($($arg:expr => $type:ty),*)) => {{
+        match function!($xen.control, $name, fn(*mut c_void, $($type),*) -> c_int) {
+            Err(_) => Err(38),
+            Ok(call) => {
+                // SAFETY: an open handle and plain numbers (or pointers to locals) by the prototype.
+                let answer = unsafe { call($xen.handle, $($arg),*) };
+                if answer == 0 { Ok(()) } else { Err(last_errno()) }
+            }
+        }
+    }};
+}
+
+impl Hypervisor for Xen {
+    fn assign(&self, domid: u32, sbdf: Sbdf, relaxed_rdm: bool) -> Result<(), i32> {
+        let flag = if relaxed_rdm { XEN_DOMCTL_DEV_RDM_RELAXED } else { 0 };
+        control!(self, "xc_assign_device", (domid => u32, sbdf.packed() => u32, flag => u32))
+    }
+
+    fn deassign(&self, domid: u32, sbdf: Sbdf) -> Result<(), i32> {
+        control!(self, "xc_deassign_device", (domid => u32, sbdf.packed() => u32))
+    }
+
+    fn iomem(&self, domid: u32, first_frame: u64, frames: u64, allow: bool) -> Result<(), i32> {
+        control!(self, "xc_domain_iomem_permission",
+            (domid => u32, first_frame => c_ulong, frames => c_ulong, u8::from(allow) => u8))
+    }
+
+    fn ioport(&self, domid: u32, first: u32, count: u32, allow: bool) -> Result<(), i32> {
+        control!(self, "xc_domain_ioport_permission",
+            (domid => u32, first => u32, count => u32, u32::from(allow) => u32))
+    }
+
+    fn map_pirq(&self, domid: u32, gsi: u32) -> Result<(), i32> {
+        let gsi = c_int::try_from(gsi).map_err(|_| 22)?;
+        let mut pirq = gsi;
+        control!(self, "xc_physdev_map_pirq", (domid => u32, gsi => c_int, &raw mut pirq => *mut c_int))?;
+        // The guest binds the number that we tell it; another one would be another interrupt.
+        if pirq == gsi { Ok(()) } else { Err(17) }
+    }
+
+    fn unmap_pirq(&self, domid: u32, pirq: u32) -> Result<(), i32> {
+        let pirq = c_int::try_from(pirq).map_err(|_| 22)?;
+        control!(self, "xc_physdev_unmap_pirq", (domid => u32, pirq => c_int))
+    }
+
+    fn irq(&self, domid: u32, pirq: u32, allow: bool) -> Result<(), i32> {
+        control!(self, "xc_domain_irq_permission", (domid => u32, pirq => u32, allow => bool))
+    }
+}
+
+unsafe extern "C" {
+    fn free(pointer: *mut c_void);
+}
+
+fn path(text: &str) -> Result<CString, i32> {
+    CString::new(text).map_err(|_| 22)
+}
+
+/// Calls a function of libxenstore that answers a bool with errno.
+macro_rules! store {
+    ($xen:expr, $name:literal, ($($arg:expr => $type:ty),*)) => {{
+        match function!($xen.store, $name, fn(*mut c_void, $($type),*) -> bool) {
+            Err(_) => Err(38),
+            Ok(call) => {
+                // SAFETY: an open handle, live C strings and buffers by the prototype.
+                if unsafe { call($xen.xs, $($arg),*) } { Ok(()) } else { Err(last_errno()) }
+            }
+        }
+    }};
+}
+
+impl Store for Xen {
+    fn read(&self, tx: u32, node: &str) -> Option<String> {
+        let node = path(node).ok()?;
+        let call =
+            function!(self.store, "xs_read", fn(*mut c_void, u32, *const c_char, *mut c_uint) -> *mut c_void).ok()?;
+        let mut len: c_uint = 0;
+        // SAFETY: an open handle, a live path, room for the length.
+        let value = unsafe { call(self.xs, tx, node.as_ptr(), &raw mut len) };
+        if value.is_null() {
+            return None;
+        }
+        // SAFETY: xs_read returns `len` bytes in a block of malloc.
+        let bytes = unsafe { std::slice::from_raw_parts(value.cast::<u8>(), len as usize) }.to_vec();
+        // SAFETY: the block is ours to free, once.
+        unsafe { free(value) };
+        String::from_utf8(bytes).ok()
+    }
+
+    fn write(&self, tx: u32, node: &str, value: &str) -> Result<(), i32> {
+        let node = path(node)?;
+        store!(self, "xs_write", (tx => u32, node.as_ptr() => *const c_char,
+            value.as_ptr().cast() => *const c_void, value.len() as c_uint => c_uint))
+    }
+
+    fn remove(&self, tx: u32, node: &str) -> Result<(), i32> {
+        let node = path(node)?;
+        match store!(self, "xs_rm", (tx => u32, node.as_ptr() => *const c_char)) {
+            Err(2) => Ok(()),
+            other => other,
+        }
+    }
+
+    fn list(&self, tx: u32, node: &str) -> Vec<String> {
+        let Ok(node) = path(node) else { return Vec::new() };
+        let call =
+            function!(self.store, "xs_directory", fn(*mut c_void, u32, *const c_char, *mut c_uint) -> *mut *mut c_char);
+        let Ok(call) = call else { return Vec::new() };
+        let mut count: c_uint = 0;
+        // SAFETY: an open handle, a live path, room for the count.
+        let names = unsafe { call(self.xs, tx, node.as_ptr(), &raw mut count) };
+        if names.is_null() {
+            return Vec::new();
+        }
+        let mut list = Vec::new();
+        for index in 0..count as usize {
+            // SAFETY: the array has `count` pointers.
+            let name = unsafe { names.wrapping_add(index).read() };
+            // SAFETY: each points to a C string in the same block.
+            list.push(unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned());
+        }
+        // SAFETY: array and strings are one block, ours to free, once.
+        unsafe { free(names.cast()) };
+        list
+    }
+
+    fn permit(&self, tx: u32, node: &str, owner: u32, reader: Option<u32>) -> Result<(), i32> {
+        let node = path(node)?;
+        let mut perms = vec![Permission { id: owner, perms: XS_PERM_NONE }];
+        perms.extend(reader.map(|id| Permission { id, perms: XS_PERM_READ }));
+        store!(self, "xs_set_permissions", (tx => u32, node.as_ptr() => *const c_char,
+            perms.as_mut_ptr() => *mut Permission, perms.len() as c_uint => c_uint))
+    }
+
+    fn begin(&self) -> Result<u32, i32> {
+        let call = function!(self.store, "xs_transaction_start", fn(*mut c_void) -> u32).map_err(|_| 38)?;
+        // SAFETY: an open handle.
+        match unsafe { call(self.xs) } {
+            0 => Err(last_errno()),
+            tx => Ok(tx),
+        }
+    }
+
+    fn end(&self, tx: u32, commit: bool) -> Result<(), i32> {
+        store!(self, "xs_transaction_end", (tx => u32, !commit => bool))
+    }
+}
