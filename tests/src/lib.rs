@@ -5,7 +5,11 @@
 
 pub mod builds;
 pub mod cpio;
+pub mod dom0;
+pub mod elf;
 pub mod initramfs;
 pub mod machine;
 pub mod packages;
+pub mod runner;
+pub mod scenarios;
 pub mod tools;

@@ -1,17 +1,206 @@
-//! `cargo xtask`: the project's one entry point.
-use rig::initramfs::Parts;
+//! `cargo xtask`: the project's one entry point for building, testing and measuring.
+
+use std::process::{Command, ExitCode};
+
+use lexopt::prelude::*;
+use rig::dom0::{Outcome, Stop};
 use rig::machine::{Machine, Options};
 use rig::packages::{self, Release};
-use rig::tools::{Result, root, say};
-fn main() -> Result<()> {
-    let agent = rig::builds::agent()?;
-    let base = packages::base(Release::Bookworm)?;
-    say("booting");
-    let parts = Parts { agent: &agent, tool: None, image: None };
-    let o = Options { xen_args: "mmcfg=0".into(), shell: false, dir: root().join("target/rig/bookworm") };
-    let mut m = Machine::boot(&base, parts, &o)?;
-    say("up");
-    print!("{}", m.run(20, "xl list; lspci; ls /var/log/xen; free; xl info | grep virt")?);
-    say("done");
-    Ok(())
+use rig::runner::{self, Built, Line};
+use rig::scenarios::{self, Boot, Scenario};
+use rig::tools::{Result, cargo, install_missing, root, run_shown, say};
+use rig::{builds, elf, fail};
+
+const HELP: &str = "\
+cargo xtask COMMAND [OPTIONS]      (each command has --help)
+
+  image    build the driver domain's image; prints its size, and its path last
+  rig      boot a real Xen in QEMU and run scenarios
+  demo     show it at work: a driver domain hands an NVMe drive to a guest
+  bench    measure it beside Linux's xen-pciback; writes docs/bench.md
+  test     everything: format, lints, unit tests, the ELF gate, the rig on both releases
+";
+
+const HELP_IMAGE: &str = "cargo xtask image\n\nBuilds and strips the image; the last line is its path.\n";
+const HELP_RIG: &str = "\
+cargo xtask rig [--release bookworm|trixie|all] [--xen-args WORDS] [--list] [--shell] [SCENARIO...]
+
+  --release   which Debian release's Xen and Linux (default: bookworm)
+  --xen-args  more words for Xen's command line
+  --list      print the scenarios
+  --shell     boot to a shell in dom0 instead
+
+Packages are kept in $PCIBACK_CACHE, or pciback-stubdom in the user's cache directory; logs in target/rig.
+PCIBACK_IMAGE=FILE runs that image instead of building one.
+";
+const HELP_DEMO: &str = "cargo xtask demo\n\nInstalls what is missing (when root), builds, boots, and shows a guest that reads a passed-through drive.\n";
+const HELP_BENCH: &str = "cargo xtask bench [--release bookworm|trixie]\n\nMeasures this backend and Linux's in one run and writes docs/bench.md.\n";
+const HELP_TEST: &str = "\
+cargo xtask test [--long]
+
+Runs every check, and says how many passed. --long runs the rig's scenarios three times over.
+";
+
+fn main() -> ExitCode {
+    match command() {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The options of all commands; each takes what it knows.
+#[derive(Default)]
+struct Words {
+    release: Option<String>,
+    xen_args: String,
+    list: bool,
+    shell: bool,
+    long: bool,
+    scenarios: Vec<String>,
+}
+
+fn command() -> Result<ExitCode> {
+    let mut parser = lexopt::Parser::from_env();
+    let name = match parser.next()? {
+        Some(Value(name)) => name.to_string_lossy().into_owned(),
+        Some(Long("help") | Short('h')) | None => {
+            print!("{HELP}");
+            return Ok(ExitCode::SUCCESS);
+        }
+        Some(other) => return Err(other.unexpected().into()),
+    };
+    let help = match name.as_str() {
+        "image" => HELP_IMAGE,
+        "rig" => HELP_RIG,
+        "demo" => HELP_DEMO,
+        "bench" => HELP_BENCH,
+        "test" => HELP_TEST,
+        _ => return Err(fail!("unknown command {name}\n\n{HELP}")),
+    };
+    let mut words = Words::default();
+    while let Some(arg) = parser.next()? {
+        match (name.as_str(), arg) {
+            (_, Long("help") | Short('h')) => {
+                print!("{help}");
+                return Ok(ExitCode::SUCCESS);
+            }
+            ("rig" | "bench", Long("release")) => words.release = Some(parser.value()?.string()?),
+            ("rig", Long("xen-args")) => words.xen_args = parser.value()?.string()?,
+            ("rig", Long("list")) => words.list = true,
+            ("rig", Long("shell")) => words.shell = true,
+            ("rig", Value(scenario)) => words.scenarios.push(scenario.string()?),
+            ("test", Long("long")) => words.long = true,
+            (_, other) => return Err(other.unexpected().into()),
+        }
+    }
+    match name.as_str() {
+        "image" => image(),
+        "rig" => rig_command(&words),
+        "test" => test(words.long),
+        _ => Err(fail!("{name} is not there yet")),
+    }
+}
+
+fn image() -> Result<ExitCode> {
+    let image = builds::image()?;
+    println!("{} bytes", builds::size(&image.stripped)?);
+    println!("{}", image.stripped.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn releases(name: Option<&str>) -> Result<Vec<Release>> {
+    match name {
+        None => Ok(vec![Release::Bookworm]),
+        Some("all") => Ok(Release::ALL.to_vec()),
+        Some(name) => Release::parse(name).map(|release| vec![release]),
+    }
+}
+
+/// Prints the table; success only when nothing failed and something ran.
+fn finish(lines: &[Line]) -> ExitCode {
+    let (table, passed, failed, skipped) = runner::table(lines);
+    println!("\n{table}\n{passed} passed, {failed} failed, {skipped} skipped");
+    if failed == 0 && passed > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn rig_command(words: &Words) -> Result<ExitCode> {
+    if words.list {
+        for scenario in scenarios::ALL {
+            println!("{:16} {}", scenario.name, scenario.about);
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let releases = releases(words.release.as_deref())?;
+    let mut chosen: Vec<Scenario> = Vec::new();
+    for name in &words.scenarios {
+        let found = scenarios::ALL.into_iter().find(|scenario| scenario.name == name);
+        chosen.push(found.ok_or_else(|| fail!("unknown scenario {name}; --list shows them"))?);
+    }
+    install_missing()?;
+    let built = Built::new()?;
+    if words.shell {
+        let base = packages::base(releases[0])?;
+        let dir = runner::log_dir(releases[0], Boot::Writable);
+        let options = Options { xen_args: format!("mmcfg=0 {}", words.xen_args), shell: true, dir };
+        Machine::shell(&base, built.parts(), &options)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut lines = Vec::new();
+    for release in releases {
+        let mut todo = chosen.clone();
+        if todo.is_empty() {
+            todo = for_release(release);
+        }
+        lines.extend(runner::run(&built, release, &todo, &words.xen_args));
+    }
+    Ok(finish(&lines))
+}
+
+/// The scenarios that run on a release when none is named.
+fn for_release(release: Release) -> Vec<Scenario> {
+    let fits = |scenario: &Scenario| scenario.boot == Boot::Writable || release == Release::Bookworm;
+    scenarios::ALL.into_iter().filter(fits).collect()
+}
+
+/// A check on the host: a command that must succeed.
+fn host(name: &str, command: &mut Command) -> Line {
+    say(format!("host: {name}"));
+    Line::of("host", name, || run_shown(command).map_err(|error| Stop::Failure(error.0)))
+}
+
+fn gate() -> Outcome {
+    let image = builds::image()?;
+    elf::gate(&image.full, &image.stripped).map_err(|error| Stop::Failure(error.0))
+}
+
+fn test(long: bool) -> Result<ExitCode> {
+    install_missing()?;
+    let mut lines = vec![
+        host("format", cargo().args(["fmt", "--all", "--check"])),
+        host("lints", cargo().args(["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"])),
+    ];
+    let headers: Result<Vec<String>> =
+        Release::ALL.into_iter().map(|r| packages::headers(r).map(|dir| dir.display().to_string())).collect();
+    lines.push(match headers {
+        Ok(dirs) => {
+            host("unit tests", cargo().args(["test", "--quiet", "--workspace"]).env("XEN_HEADERS", dirs.join(":")))
+        }
+        Err(error) => Line::of("host", "unit tests", || Err(error.into())),
+    });
+    lines.push(Line::of("host", "elf gate", gate));
+    match Built::new() {
+        Ok(built) => {
+            for _ in 0..if long { 3 } else { 1 } {
+                for release in Release::ALL {
+                    lines.extend(runner::run(&built, release, &for_release(release), ""));
+                }
+            }
+        }
+        Err(error) => lines.push(Line::of("rig", "build", || Err(error.into()))),
+    }
+    println!("logs of the rig: {}", root().join("target/rig").display());
+    Ok(finish(&lines))
 }

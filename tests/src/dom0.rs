@@ -1,0 +1,413 @@
+//! What scenarios do in dom0 and in guests: create, attach, wait with a bound, clean up. Every wait names what it waits
+//! for, and its bound is generous: software emulation on a busy machine is slow.
+
+use std::fmt;
+
+use rig_agent::Reply;
+
+use crate::machine::Machine;
+use crate::packages::Release;
+use crate::tools::{Error, tail};
+
+/// The NVMe drive, behind a root port.
+pub const NVME: &str = "0000:01:00.0";
+/// The first network card.
+pub const NIC: &str = "0000:00:05.0";
+/// The second network card; the driver domain does not own it.
+pub const SPARE: &str = "0000:00:06.0";
+/// The driver domain.
+pub const DRIVER: &str = "pciback0";
+
+/// Why a scenario ended early.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Stop {
+    /// It cannot run here, and that is fine.
+    Skip(String),
+    /// What was tested is wrong.
+    Failure(String),
+    /// The rig itself could not do its work.
+    Error(String),
+    /// A domain, or Xen, died that should live.
+    Crash(String),
+}
+
+/// How a scenario ends, and what its helpers return.
+pub type Outcome<T = ()> = Result<T, Stop>;
+
+impl Stop {
+    /// Its name in the table.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Stop::Skip(_) => "skip",
+            Stop::Failure(_) => "FAILURE",
+            Stop::Error(_) => "ERROR",
+            Stop::Crash(_) => "CRASH",
+        }
+    }
+
+    /// The reason.
+    pub fn why(&self) -> &str {
+        match self {
+            Stop::Skip(why) | Stop::Failure(why) | Stop::Error(why) | Stop::Crash(why) => why,
+        }
+    }
+}
+
+impl fmt::Display for Stop {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.kind(), self.why())
+    }
+}
+
+impl From<Error> for Stop {
+    fn from(error: Error) -> Self {
+        Stop::Error(error.0)
+    }
+}
+
+/// Ends a scenario as failed unless a condition holds.
+#[macro_export]
+macro_rules! check {
+    ($condition:expr, $($why:tt)*) => {
+        let holds: bool = $condition;
+        if !holds {
+            return Err($crate::dom0::Stop::Failure(format!($($why)*)));
+        }
+    };
+}
+
+/// What differs between guests.
+#[derive(Debug, Clone, Copy)]
+pub struct Guest<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// `e820_host` and `passthrough` as a guest with devices needs them.
+    pub passthrough: bool,
+    /// A device for dom0's own xen-pciback.
+    pub pci: Option<&'a str>,
+}
+
+impl<'a> Guest<'a> {
+    /// A guest ready to get devices.
+    pub fn named(name: &'a str) -> Self {
+        Self { name, passthrough: true, pci: None }
+    }
+
+    fn config(self) -> String {
+        let Self { name, passthrough, pci } = self;
+        let mut text = format!(
+            "name=\"{name}\"\ntype=\"pv\"\nkernel=\"/boot/vmlinuz\"\nramdisk=\"/boot/guest.img\"\n\
+             extra=\"console=hvc0 nokaslr loglevel=6\"\nmemory=256\nvcpus=2\non_crash=\"destroy\"\non_reboot=\"restart\"\n"
+        );
+        if let Some(pci) = pci {
+            text.push_str(&format!("pci=[\"{pci}\"]\n"));
+        } else if passthrough {
+            text.push_str("e820_host=1\npassthrough=\"enabled\"\n");
+        }
+        text
+    }
+}
+
+/// The driver domain's counters.
+#[derive(Debug, Clone, Copy)]
+pub struct Report {
+    /// Hypercalls since its start.
+    pub hypercalls: u64,
+    /// Processor time since its start.
+    pub cpu_us: u64,
+    /// Bytes of its heap in use.
+    pub heap_used: u64,
+}
+
+/// The folder a function's state is published in: xenstored accepts neither colons nor dots in a path.
+pub fn device_node(bdf: &str, node: &str) -> String {
+    format!("device/{}/{node}", bdf.replace([':', '.'], "-"))
+}
+
+/// A word the shell takes literally.
+pub fn quote(text: &str) -> String {
+    format!("'{}'", text.replace('\'', r"'\''"))
+}
+
+/// A booted machine and what scenarios know about it.
+#[derive(Debug)]
+pub struct Rig {
+    /// The machine.
+    pub machine: Machine,
+    /// Its release.
+    pub release: Release,
+    console_seen: usize,
+}
+
+impl Rig {
+    /// Takes over a booted machine.
+    pub fn new(machine: Machine, release: Release) -> Self {
+        Self { machine, release, console_seen: 0 }
+    }
+
+    /// Runs a script in dom0, whatever it answers.
+    pub fn exec(&mut self, script: &str) -> Outcome<(i32, String)> {
+        let Reply { code, output, .. } = self.machine.exec(90, script)?;
+        Ok((code, String::from_utf8_lossy(&output).into_owned()))
+    }
+
+    /// Runs a script in dom0 that must succeed.
+    pub fn run(&mut self, script: &str) -> Outcome<String> {
+        Ok(self.machine.run(90, script)?)
+    }
+
+    /// A command under test: when it fails, the scenario fails.
+    pub fn must(&mut self, script: &str) -> Outcome<String> {
+        let (code, output) = self.exec(script)?;
+        check!(code == 0, "`{script}` ended with {code}: {}", tail(&output, 10));
+        Ok(output)
+    }
+
+    /// Waits until a script in dom0 succeeds.
+    pub fn wait(&mut self, what: &str, seconds: u64, script: &str) -> Outcome {
+        let looped = format!(
+            "end=$(( $(date +%s) + {seconds} )); until ( {script} ) >/tmp/wait 2>&1; do \
+             [ $(date +%s) -ge $end ] && {{ cat /tmp/wait; exit 1; }}; sleep 0.2; done"
+        );
+        let reply = self.machine.exec(seconds + 30, &looped)?;
+        let said = String::from_utf8_lossy(&reply.output).into_owned();
+        check!(reply.code == 0, "waited {seconds} s for {what}. {}", tail(&said, 10));
+        Ok(())
+    }
+
+    /// A domain's number, if it exists.
+    pub fn domid(&mut self, name: &str) -> Outcome<Option<u32>> {
+        let (code, output) = self.exec(&format!("xl domid {name} 2>/dev/null"))?;
+        Ok(if code == 0 { output.trim().parse().ok() } else { None })
+    }
+
+    /// Creates a guest and returns at once.
+    pub fn create(&mut self, guest: Guest<'_>) -> Outcome<u32> {
+        let name = guest.name;
+        let script = format!(
+            "rm -f /var/log/xen/guest-{name}.log; echo {} > /tmp/{name}.cfg; xl create -q /tmp/{name}.cfg && xl domid {name}",
+            quote(&guest.config())
+        );
+        let output = self.run(&script)?;
+        output.trim().lines().last().and_then(|line| line.parse().ok()).ok_or(Stop::Error(output))
+    }
+
+    /// Waits until a guest has started `boots` times and takes commands.
+    pub fn wait_up(&mut self, name: &str, boots: u32) -> Outcome {
+        let script = format!("[ $(grep -c '@rig ready' /var/log/xen/guest-{name}.log) -ge {boots} ]");
+        if let Err(stop) = self.wait(&format!("{name} to boot"), 120, &script) {
+            let log = self.guest_log(name)?;
+            return Err(Stop::Failure(format!("{}; its console ends with\n{}", stop.why(), tail(&log, 15))));
+        }
+        Ok(())
+    }
+
+    /// Creates a guest and waits until it takes commands.
+    pub fn create_and_wait(&mut self, guest: Guest<'_>) -> Outcome<u32> {
+        let domid = self.create(guest)?;
+        self.wait_up(guest.name, 1)?;
+        Ok(domid)
+    }
+
+    /// What a domain wrote to its console.
+    pub fn guest_log(&mut self, name: &str) -> Outcome<String> {
+        Ok(self.exec(&format!("tail -c 6000 /var/log/xen/guest-{name}.log"))?.1.replace('\r', ""))
+    }
+
+    /// Runs a script in a guest, whatever it answers.
+    pub fn guest_exec(&mut self, name: &str, seconds: u64, script: &str) -> Outcome<(i32, String)> {
+        let looked = format!(
+            "tty=$(xenstore-read /local/domain/$(xl domid {name})/console/tty) && rig-agent guest $tty {seconds} {}",
+            quote(script)
+        );
+        let reply = self.machine.exec(seconds + 30, &looked)?;
+        Ok((reply.code, String::from_utf8_lossy(&reply.output).into_owned()))
+    }
+
+    /// Runs a script in a guest that must succeed.
+    pub fn guest(&mut self, name: &str, script: &str) -> Outcome<String> {
+        let (code, output) = self.guest_exec(name, 90, script)?;
+        if code != 0 {
+            let (_, log) = self.guest_exec(name, 10, "dmesg | tail -n 15").unwrap_or_default();
+            return Err(Stop::Failure(format!(
+                "{name}: `{script}` ended with {code}: {}\nits kernel said last\n{log}",
+                tail(&output, 10)
+            )));
+        }
+        Ok(output)
+    }
+
+    /// Waits until a script in a guest succeeds.
+    pub fn guest_wait(&mut self, name: &str, what: &str, seconds: u64, script: &str) -> Outcome {
+        let looped =
+            format!("n=0; until ( {script} ); do n=$((n+1)); [ $n -ge {} ] && exit 1; sleep 0.5; done", seconds * 2);
+        let (code, output) = self.guest_exec(name, seconds * 2 + 20, &looped)?;
+        if code != 0 {
+            let (_, log) = self.guest_exec(name, 10, "dmesg | tail -n 20").unwrap_or_default();
+            return Err(Stop::Failure(format!(
+                "{name}: waited {seconds} s for {what}. {}\nits kernel said last\n{log}",
+                tail(&output, 5)
+            )));
+        }
+        Ok(())
+    }
+
+    /// Attaches a function and waits until the driver domain has handed it out.
+    pub fn attach(&mut self, guest: &str, bdf: &str) -> Outcome {
+        self.must(&format!("xl-pciback attach {guest} {bdf}")).map(drop)
+    }
+
+    /// Waits for the guest's drive.
+    pub fn wait_disk(&mut self, guest: &str) -> Outcome {
+        self.guest_wait(guest, "its NVMe drive", 60, "[ -b /dev/nvme0n1 ]")
+    }
+
+    /// Reads a part of the drive in a guest and compares it with the image.
+    pub fn check_disk(&mut self, guest: &str, offset: u64, count: u64) -> Outcome {
+        let wanted = self.machine.disk_sum(offset, count)?;
+        let got = self.guest(guest, &format!("rig-agent sum /dev/nvme0n1 {offset} {count}"))?;
+        check!(
+            got.trim() == wanted,
+            "{guest} read {count} MiB at {offset} MiB with sum {}, the image has {wanted}",
+            got.trim()
+        );
+        Ok(())
+    }
+
+    /// Interrupts a driver got in a guest, all its lines together.
+    pub fn interrupts(&mut self, guest: &str, driver: &str) -> Outcome<u64> {
+        let script = format!(
+            "grep {driver} /proc/interrupts | awk '{{for (i = 2; i <= NF; i++) if ($i ~ /^[0-9]+$/) s += $i}} END {{print s + 0}}'"
+        );
+        let output = self.guest(guest, &script)?;
+        output.trim().parse().map_err(|_| Stop::Error(format!("interrupt count: {output}")))
+    }
+
+    /// The last lines of the driver domain's own console.
+    pub fn driver_log(&mut self) -> Outcome<String> {
+        self.guest_log(DRIVER)
+    }
+
+    /// A node the driver domain publishes, or nothing.
+    pub fn published(&mut self, node: &str) -> Outcome<String> {
+        let script = format!("xenstore-read /local/domain/$(xl domid {DRIVER})/data/pciback/{node} 2>/dev/null");
+        Ok(self.exec(&script)?.1.trim().to_owned())
+    }
+
+    /// Waits until the driver domain publishes a value.
+    pub fn wait_published(&mut self, node: &str, value: &str) -> Outcome {
+        let read = format!("xenstore-read /local/domain/$(xl domid {DRIVER})/data/pciback/{node}");
+        self.wait(&format!("{DRIVER} to publish {node}={value}"), 60, &format!("[ \"$({read})\" = {value} ]"))
+    }
+
+    /// Asks the driver domain for its counters.
+    pub fn report(&mut self) -> Outcome<Report> {
+        let base = format!("/local/domain/$(xl domid {DRIVER})/data/pciback");
+        self.must(&format!("xenstore-write {base}/report 1"))?;
+        self.wait("the driver domain's report", 20, &format!("[ -z \"$(xenstore-read {base}/report)\" ]"))?;
+        let text = self.must(&format!("for n in hypercalls cpu-us heap-used; do xenstore-read {base}/$n; done"))?;
+        let numbers: Vec<u64> = text.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+        match numbers.as_slice() {
+            &[hypercalls, cpu_us, heap_used] => Ok(Report { hypercalls, cpu_us, heap_used }),
+            _ => Err(Stop::Failure(format!("the driver domain's report is {text:?}"))),
+        }
+    }
+
+    /// Waits until a function is in a state.
+    pub fn wait_device(&mut self, bdf: &str, state: &str) -> Outcome {
+        self.wait_published(&device_node(bdf, "state"), state)
+    }
+
+    /// Prepares the devices and writes the driver domain's config; once a boot.
+    pub fn set_up(&mut self) -> Outcome {
+        self.must(&format!("xl-pciback assignable-add {NVME}"))?;
+        self.must(&format!("xl-pciback assignable-add {NIC}"))?;
+        self.must(&format!("xl-pciback config {NVME} {NIC} > /tmp/{DRIVER}.cfg"))?;
+        self.run(&format!("echo 'on_crash=\"preserve\"' >> /tmp/{DRIVER}.cfg; cat /tmp/{DRIVER}.cfg"))?;
+        self.start_driver()
+    }
+
+    /// Creates the driver domain and waits until it serves.
+    pub fn start_driver(&mut self) -> Outcome {
+        self.must(&format!("rm -f /var/log/xen/guest-{DRIVER}.log; xl create -q /tmp/{DRIVER}.cfg"))?;
+        let waited = self.wait_published("state", "ready");
+        if let Err(stop) = waited {
+            let log = self.driver_log()?;
+            self.check_crash()?;
+            return Err(Stop::Failure(format!("{}; its console ends with\n{}", stop.why(), tail(&log, 15))));
+        }
+        Ok(())
+    }
+
+    /// Everything in xenstore about devices and the driver domain, to compare before and after. What changes by itself is
+    /// left out.
+    pub fn store(&mut self) -> Outcome<String> {
+        self.run(
+            "xenstore-ls -fp | grep -v -e '/report = ' -e /cpu-us -e /hypercalls -e /heap-used -e /memory/ || true",
+        )
+    }
+
+    /// Looks whether a domain or Xen died since the last look.
+    pub fn check_crash(&mut self) -> Outcome {
+        let console = self.machine.console();
+        let fresh = console.get(self.console_seen..).unwrap_or_default().to_owned();
+        self.console_seen = console.len();
+        for sign in ["domain_crash", "Panic on CPU", "FATAL TRAP", "Kernel panic", "crashed on cpu", "triple fault"] {
+            if let Some(line) = fresh.lines().find(|line| line.contains(sign)) {
+                return Err(Stop::Crash(line.to_owned()));
+            }
+        }
+        if !self.machine.alive() {
+            return Err(Stop::Crash(format!("QEMU ended; the console ends with\n{}", tail(&console, 15))));
+        }
+        let (_, listed) = self.exec("xl list | awk 'NR > 1 && $5 ~ /c/ {print $1}'")?;
+        check_listed(listed.trim())
+    }
+
+    /// Makes the machine ready for the next scenario.
+    pub fn clean_up(&mut self, driver: bool) -> Outcome {
+        let script = format!(
+            "for d in $(xl list | awk 'NR > 1 && $1 != \"Domain-0\" && $1 != \"{DRIVER}\" {{print $1}}'); do xl destroy $d; done; \
+             [ -z \"$(xl list | awk '$1 == \"{DRIVER}\" && $5 ~ /[csd]/')\" ] || xl destroy {DRIVER}; \
+             xl domid {DRIVER} 2>/dev/null || echo none"
+        );
+        let output = self.run(&script)?;
+        if !driver {
+            return Ok(());
+        }
+        if output.contains("none") {
+            self.start_driver()?;
+        }
+        for bdf in [NVME, NIC] {
+            if self.wait_device(bdf, "ready").is_err() {
+                // A device that does not come back must not spoil what follows: a new driver domain starts from nothing.
+                self.exec(&format!("xl destroy {DRIVER}"))?;
+                self.start_driver()?;
+                self.wait_device(bdf, "ready")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn check_listed(names: &str) -> Outcome {
+    if names.is_empty() { Ok(()) } else { Err(Stop::Crash(format!("{names} crashed"))) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quoted_words_survive_the_shell() {
+        let script = format!("printf %s {}", quote("it's $HOME \"x\""));
+        let out = std::process::Command::new("sh").args(["-c", &script]).output().unwrap();
+        assert_eq!(out.stdout, b"it's $HOME \"x\"");
+    }
+
+    #[test]
+    fn a_guest_without_passthrough_has_neither_key() {
+        let config = Guest { passthrough: false, ..Guest::named("g") }.config();
+        assert!(!config.contains("e820_host") && !config.contains("passthrough"));
+    }
+}

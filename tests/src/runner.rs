@@ -1,0 +1,189 @@
+//! Boots a release and runs scenarios in it, one after the other; a failure of one does not doom the next.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use crate::dom0::{Outcome, Rig, Stop};
+use crate::initramfs::Parts;
+use crate::machine::{Machine, Options};
+use crate::packages::{self, Release};
+use crate::scenarios::{Boot, Scenario};
+use crate::tools::{Result, root, say, tail};
+use crate::{builds, tools};
+
+/// One line of the table.
+#[derive(Debug, Clone)]
+pub struct Line {
+    /// Where it ran: a release, or `host`.
+    pub place: String,
+    /// What ran.
+    pub name: String,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// How long it took.
+    pub seconds: f64,
+}
+
+impl Line {
+    /// Runs something and notes how it ended.
+    pub fn of(place: &str, name: &str, run: impl FnOnce() -> Outcome) -> Self {
+        let start = Instant::now();
+        let outcome = run();
+        let line =
+            Self { place: place.to_owned(), name: name.to_owned(), outcome, seconds: start.elapsed().as_secs_f64() };
+        match &line.outcome {
+            Ok(()) => say(format!("{place}: {name}: passed")),
+            Err(stop) => say(format!("{place}: {name}: {stop}")),
+        }
+        line
+    }
+}
+
+/// The table, and how many passed, failed and were skipped.
+pub fn table(lines: &[Line]) -> (String, usize, usize, usize) {
+    let (mut passed, mut failed, mut skipped) = (0, 0, 0);
+    let mut text = String::new();
+    for line in lines {
+        let (kind, why) = match &line.outcome {
+            Ok(()) => {
+                passed += 1;
+                ("pass", "")
+            }
+            Err(stop @ Stop::Skip(why)) => {
+                skipped += 1;
+                (stop.kind(), why.as_str())
+            }
+            Err(stop) => {
+                failed += 1;
+                (stop.kind(), stop.why())
+            }
+        };
+        let why = why.lines().next().unwrap_or_default();
+        let _ = writeln!(text, "{:9} {:16} {kind:8} {:6.1} s  {why}", line.place, line.name, line.seconds);
+    }
+    (text, passed, failed, skipped)
+}
+
+/// What goes into dom0, built.
+#[derive(Debug, Clone)]
+pub struct Built {
+    /// The helper.
+    pub agent: PathBuf,
+    /// dom0's tool.
+    pub tool: PathBuf,
+    /// The image.
+    pub image: PathBuf,
+}
+
+impl Built {
+    /// Builds all of it.
+    pub fn new() -> Result<Self> {
+        Ok(Self { agent: builds::agent()?, tool: builds::tool()?, image: builds::image_or_given()? })
+    }
+
+    /// For the initramfs.
+    pub fn parts(&self) -> Parts<'_> {
+        Parts { agent: &self.agent, tool: Some(&self.tool), image: Some(&self.image) }
+    }
+}
+
+/// Where a boot's logs go.
+pub fn log_dir(release: Release, boot: Boot) -> PathBuf {
+    let name = match boot {
+        Boot::Writable => release.name().to_owned(),
+        Boot::Plain => format!("{}-plain", release.name()),
+    };
+    root().join("target/rig").join(name)
+}
+
+/// Boots and creates the driver domain.
+pub fn boot(built: &Built, release: Release, boot: Boot, xen_args: &str) -> Outcome<Rig> {
+    let base = packages::base(release)?;
+    let mmcfg = if boot == Boot::Writable { "mmcfg=0 " } else { "" };
+    let dir = log_dir(release, boot);
+    tools::make_dir(&dir)?;
+    say(format!("{}: booting Xen {}", release.name(), release.xen()));
+    let options = Options { xen_args: format!("{mmcfg}{xen_args}"), shell: false, dir };
+    let mut rig = Rig::new(Machine::boot(&base, built.parts(), &options)?, release);
+    say(format!("{}: dom0 is up", release.name()));
+    rig.machine.note("set-up");
+    rig.set_up()?;
+    say(format!("{}: the driver domain is ready", release.name()));
+    Ok(rig)
+}
+
+fn run_one(rig: &mut Rig, scenario: &Scenario) -> Outcome {
+    rig.machine.note(scenario.name);
+    let mut outcome = (scenario.run)(rig);
+    if let Err(crash @ Stop::Crash(_)) = rig.check_crash() {
+        outcome = Err(match outcome {
+            Err(stop) => Stop::Crash(format!("{} ({})", crash.why(), stop.why())),
+            Ok(()) => crash,
+        });
+    }
+    if outcome.is_err()
+        && let Ok(log) = rig.driver_log()
+    {
+        say(format!("the driver domain said last\n{}", tail(&log, 12)));
+        say(format!("logs: {}", rig.machine.dir().display()));
+    }
+    outcome
+}
+
+/// Runs scenarios on one release. Machines that did not survive are booted again.
+pub fn run(built: &Built, release: Release, scenarios: &[Scenario], xen_args: &str) -> Vec<Line> {
+    let mut lines = Vec::new();
+    for kind in [Boot::Writable, Boot::Plain] {
+        let mut todo = scenarios.iter().filter(|scenario| scenario.boot == kind).peekable();
+        // The first boot of a kind makes the logs' directory anew.
+        if todo.peek().is_some() {
+            let _ = tools::remove_tree(log_dir(release, kind));
+        }
+        let mut machine: Option<Rig> = None;
+        let mut broken_boots = 0;
+        for scenario in todo {
+            if machine.is_none() {
+                match boot(built, release, kind, xen_args) {
+                    Ok(rig) => machine = Some(rig),
+                    Err(stop) => {
+                        broken_boots += 1;
+                        lines.push(Line::of(release.name(), "boot", || Err(stop.clone())));
+                        if broken_boots > 1 {
+                            break;
+                        }
+                    }
+                }
+            }
+            let Some(rig) = machine.as_mut() else {
+                lines.push(Line::of(release.name(), scenario.name, || Err(Stop::Error("no machine".to_owned()))));
+                continue;
+            };
+            lines.push(Line::of(release.name(), scenario.name, || run_one(rig, scenario)));
+            if let Err(stop) = rig.clean_up(true) {
+                say(format!("{}: a new machine, because cleaning up failed: {stop}", release.name()));
+                machine = None;
+            }
+        }
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_counts_each_kind() {
+        let line = |outcome| Line { place: "host".into(), name: "x".into(), outcome, seconds: 1.0 };
+        let lines = [
+            line(Ok(())),
+            line(Err(Stop::Skip("no".into()))),
+            line(Err(Stop::Crash("dead".into()))),
+            line(Err(Stop::Failure("bad".into()))),
+        ];
+        let (text, passed, failed, skipped) = table(&lines);
+        assert_eq!((passed, failed, skipped), (1, 2, 1));
+        assert_eq!(text.lines().count(), 4);
+    }
+}

@@ -1,0 +1,15 @@
+//! The guest unloads its drivers and pcifront, and loads them again: the connection closes and opens anew.
+
+use crate::dom0::{Guest, NVME, Outcome, Rig};
+
+pub(super) fn run(rig: &mut Rig) -> Outcome {
+    rig.create(Guest::named("g1"))?;
+    rig.attach("g1", NVME)?;
+    rig.wait_up("g1", 1)?;
+    rig.wait_disk("g1")?;
+    rig.guest("g1", "rmmod nvme && rmmod xen-pcifront")?;
+    rig.guest_wait("g1", "an empty bus", 30, "[ -z \"$(ls /sys/bus/pci/devices)\" ]")?;
+    rig.guest("g1", "insmod /modules/xen-pcifront.ko && insmod /modules/nvme.ko")?;
+    rig.wait_disk("g1")?;
+    rig.check_disk("g1", 0, 16)
+}
