@@ -2,28 +2,21 @@
 
 use pciback::sbdf::Sbdf;
 
-use crate::attach::{Host, quarantine};
+use crate::attach::{Host, reset};
 use crate::detach::attached_to;
 use crate::error::{Failure, Outcome, errno};
-use crate::nodes::DOMID_IO;
+use crate::nodes::{self, DOMID_IO};
 use crate::sysfs::NOBODY;
 
-/// Where the driver a function had in dom0 is remembered.
-fn memory(sbdf: Sbdf) -> String {
-    format!("/pciback/assignable/{}/driver", sbdf.to_string().replace([':', '.'], "-"))
-}
-
 /// Takes `sbdf` from its dom0 driver, keeps others off, has its interrupt routed, and quarantines it.
+/// What an earlier run left undone is done; what it did is left.
 ///
 /// # Errors
-/// It is no ordinary function, or somebody refuses.
+/// It is no ordinary function, or somebody refuses. dom0 has it as before, then.
 pub fn add(host: &Host<'_>, sbdf: Sbdf) -> Outcome<String> {
     let function = host.sysfs.function(sbdf)?;
-    if function.header_type != 0 {
-        return Err(Failure::new(
-            format!("{sbdf} is a bridge (header type {})", function.header_type),
-            "pass through the functions behind it, not the bridge",
-        ));
+    if let Some(refusal) = function.refusal() {
+        return Err(refusal);
     }
     if function.driver.as_deref() == Some("pciback") {
         return Err(Failure::new(
@@ -31,32 +24,84 @@ pub fn add(host: &Host<'_>, sbdf: Sbdf) -> Outcome<String> {
             format!("xl pci-assignable-remove {sbdf}, then try again"),
         ));
     }
-    if function.is_assignable() {
-        return Ok(format!("{sbdf}: already assignable"));
+    let already = function.is_assignable();
+    if already && let Some(guest) = attached_to(host, sbdf)? {
+        return Ok(format!("{sbdf}: already assignable, and attached to {guest}"));
     }
-    host.sysfs.set(sbdf, "driver_override", NOBODY)?;
-    if let Some(driver) = &function.driver {
-        let remembered = host.store.write(0, &memory(sbdf), driver);
-        if let Err(number) = remembered {
-            eprintln!("xl-pciback: warning: {sbdf}: its driver {driver:?} is not remembered: {}", errno(number));
-        }
-        if let Err(failure) = host.sysfs.unbind(sbdf) {
-            // Nothing changed yet but the override.
-            host.sysfs.set(sbdf, "driver_override", "\n")?;
-            return Err(failure);
-        }
+    if !already {
+        take(host, sbdf, function.driver.as_deref())?;
     }
     // Enabling it has dom0 route the interrupt; from then on sysfs `irq` is the GSI.
-    if let Err(failure) = host.sysfs.set(sbdf, "enable", "1") {
+    if !host.sysfs.is_enabled(sbdf)
+        && let Err(failure) = host.sysfs.set(sbdf, "enable", "1")
+    {
         eprintln!("xl-pciback: warning: {}; its line interrupt may not work", failure.what);
     }
-    match quarantine(host, sbdf) {
-        Ok(()) => Ok(format!("{sbdf}: assignable")),
-        Err(number) => Err(Failure::new(
-            format!("{sbdf} was taken from dom0 but cannot be quarantined: {}", errno(number)),
-            format!("see xl dmesg; xl-pciback assignable-remove {sbdf} gives it back"),
-        )),
+    let mut quarantined = host.xen.assign(DOMID_IO, sbdf, true);
+    if quarantined == Err(16) {
+        // MASKALL is set in its MSI-X control; a reset clears it.
+        reset(host, sbdf);
+        quarantined = host.xen.assign(DOMID_IO, sbdf, true);
     }
+    let word = if already { "already assignable" } else { "assignable" };
+    match quarantined {
+        Ok(()) => Ok(format!("{sbdf}: {word}")),
+        Err(38 | 95) => {
+            eprintln!(
+                "xl-pciback: warning: {sbdf}: no IOMMU, so it is not in quarantine, and attach will refuse it; \
+                 switch on VT-d or AMD-Vi in the firmware"
+            );
+            Ok(format!("{sbdf}: {word}"))
+        }
+        Err(number) => {
+            let why = match number {
+                16 => "MASKALL stays set in its MSI-X control",
+                19 => "Xen does not know the function",
+                _ => "Xen refuses the quarantine",
+            };
+            if !already {
+                give_back(host, sbdf, true)?;
+            }
+            Err(Failure::new(
+                format!("{sbdf} cannot be made assignable: {why}: {}", errno(number)),
+                "see xl dmesg; a cold boot of the host may help a device that is stuck",
+            ))
+        }
+    }
+}
+
+/// Keeps drivers off and takes the function from the one it has.
+fn take(host: &Host<'_>, sbdf: Sbdf, driver: Option<&str>) -> Outcome<()> {
+    host.sysfs.set(sbdf, "driver_override", NOBODY)?;
+    if let Err(number) = host.store.write(0, &nodes::record(sbdf, "driver"), driver.unwrap_or("")) {
+        host.sysfs.set(sbdf, "driver_override", "\n")?;
+        return Err(Failure::new(
+            format!("{sbdf}: xenstore refuses to remember its driver: {}", errno(number)),
+            "see whether xenstored runs",
+        ));
+    }
+    if driver.is_some()
+        && let Err(failure) = host.sysfs.unbind(sbdf)
+    {
+        give_back(host, sbdf, false)?;
+        return Err(failure);
+    }
+    Ok(())
+}
+
+/// Lets dom0's drivers have the function; with `rebind` they are told at once. Returns the former driver.
+fn give_back(host: &Host<'_>, sbdf: Sbdf, rebind: bool) -> Outcome<Option<String>> {
+    if host.sysfs.is_enabled(sbdf) && host.sysfs.function(sbdf)?.driver.is_none() {
+        // It was enabled for its interrupt only; a driver enables it again.
+        let _ = host.sysfs.set(sbdf, "enable", "0");
+    }
+    host.sysfs.set(sbdf, "driver_override", "\n")?;
+    let driver = host.store.read(0, &nodes::record(sbdf, "driver")).filter(|driver| !driver.is_empty());
+    let _ = host.store.remove(0, nodes::record(sbdf, "").trim_end_matches('/'));
+    if rebind && driver.is_some() {
+        host.sysfs.probe(sbdf)?;
+    }
+    Ok(driver)
 }
 
 /// Gives `sbdf` back to dom0.
@@ -68,10 +113,10 @@ pub fn remove(host: &Host<'_>, sbdf: Sbdf, rebind: bool) -> Outcome<String> {
     if function.driver_override.as_deref() != Some(NOBODY) {
         return Err(Failure::new(format!("{sbdf} is not assignable"), "xl-pciback assignable-list shows what is"));
     }
-    if let Some(guest) = attached_to(host.store, sbdf) {
+    if let Some(guest) = attached_to(host, sbdf)? {
         return Err(Failure::new(
-            format!("{sbdf} is attached to domain {guest}"),
-            format!("xl-pciback detach {guest} {sbdf}"),
+            format!("{sbdf} is attached to {guest}"),
+            format!("xl-pciback detach GUEST {sbdf}, with --force if its driver domain is gone"),
         ));
     }
     match host.xen.deassign(DOMID_IO, sbdf) {
@@ -84,22 +129,13 @@ pub fn remove(host: &Host<'_>, sbdf: Sbdf, rebind: bool) -> Outcome<String> {
             ));
         }
     }
-    if host.sysfs.has(sbdf, "enable") {
-        // It was enabled for its interrupt only; a driver enables it again.
-        let _ = host.sysfs.set(sbdf, "enable", "0");
-    }
-    host.sysfs.set(sbdf, "driver_override", "\n")?;
-    let driver = host.store.read(0, &memory(sbdf));
-    let _ = host.store.remove(0, memory(sbdf).trim_end_matches("/driver"));
-    if rebind && let Some(driver) = driver {
-        host.sysfs.probe(sbdf)?;
-        let now = host.sysfs.function(sbdf)?.driver;
-        return Ok(match now {
-            Some(now) => format!("{sbdf}: back in dom0, driver {now}"),
-            None => format!("{sbdf}: back in dom0; its driver {driver} did not take it"),
-        });
-    }
-    Ok(format!("{sbdf}: back in dom0"))
+    let driver = give_back(host, sbdf, rebind)?;
+    let now = host.sysfs.function(sbdf)?.driver;
+    Ok(match (driver, now) {
+        (_, Some(now)) => format!("{sbdf}: back in dom0, driver {now}"),
+        (Some(driver), None) if rebind => format!("{sbdf}: back in dom0; its driver {driver} did not take it"),
+        _ => format!("{sbdf}: back in dom0"),
+    })
 }
 
 /// All functions that were made assignable.

@@ -3,16 +3,18 @@
 
 use std::time::{Duration, Instant};
 
+use pciback::cmdline::Mode;
 use pciback::sbdf::Sbdf;
 
-use crate::domains::{Domains, Guest};
+use crate::domains::{Domains, Driver, Guest};
 use crate::error::{Failure, Outcome, errno};
-use crate::nodes::{self, DOMID_IO, Link};
+use crate::nodes::{self, DOMID_IO, Link, told};
+use crate::rights;
 use crate::sysfs::{Function, Sysfs};
-use crate::xen::{Hypervisor, Store, transaction};
+use crate::xen::{self, Hypervisor, Store, transaction};
 
 /// How long the driver domain may take for one step.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Everything the operations work on.
 pub struct Host<'a> {
@@ -24,36 +26,51 @@ pub struct Host<'a> {
     pub sysfs: &'a Sysfs,
     /// What xl knows.
     pub domains: &'a dyn Domains,
+    /// How long the driver domain may take for one step.
+    pub patience: Duration,
 }
 
 impl Host<'_> {
-    /// Waits until `look` finds something, at most `patience`.
+    /// Waits until `look` finds something, at most `patience`, and not after the user interrupts.
     pub fn wait<T>(&self, patience: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T> {
         let end = Instant::now() + patience;
         loop {
             if let Some(found) = look() {
                 return Some(found);
             }
-            if Instant::now() >= end {
+            if Instant::now() >= end || xen::interrupted() {
                 return None;
             }
             std::thread::sleep(Duration::from_millis(20));
         }
     }
 
-    /// Gives or takes what a guest needs to use a function's BARs. Returns at the first error.
-    pub fn bars(&self, domid: u32, function: &Function, allow: bool) -> Result<(), (String, i32)> {
-        for resource in function.resources.iter().filter(|resource| resource.is_used()) {
-            let (start, end) = (resource.start, resource.end);
-            let done = if resource.is_io() {
-                self.xen.ioport(domid, start as u32, (end - start + 1) as u32, allow)
-            } else {
-                self.xen.iomem(domid, start >> 12, (end >> 12) - (start >> 12) + 1, allow)
-            };
-            done.map_err(|errno| (format!("{start:#x}-{end:#x}"), errno))?;
-        }
-        Ok(())
+    /// Waits until no change of the guest's list is under way: the frontend is asked about one at a time.
+    pub fn settle(&self, link: &Link, guest: &Guest, patience: Duration) -> Outcome<()> {
+        let settled = self.wait(patience, || {
+            let state = self.store.read(0, &link.back("state"));
+            (!in_change(state.as_deref())).then_some(())
+        });
+        settled.ok_or_else(|| {
+            stopped(Failure::new(
+                format!("guest {:?} has not finished an earlier change of its devices", guest.name),
+                "see whether its kernel runs, then try again",
+            ))
+        })
     }
+}
+
+/// What a wait that found nothing means: an interrupt by the user, or else `otherwise`.
+fn stopped(otherwise: Failure) -> Failure {
+    if xen::interrupted() {
+        return Failure::new("interrupted; what had been done is undone", "run the command again");
+    }
+    otherwise
+}
+
+/// Whether the backend's state says that the list of functions is being changed, or the connection closed.
+fn in_change(state: Option<&str>) -> bool {
+    matches!(state, Some("5" | "7" | "8"))
 }
 
 /// Options of `attach`.
@@ -77,11 +94,20 @@ pub fn attach(host: &Host<'_>, guest: &str, sbdf: Sbdf, options: &Options) -> Ou
     let function = host.sysfs.function(sbdf)?;
     check_guest(&guest)?;
     check_function(&function)?;
-    let link = Link { driver: find_driver(host, sbdf, options.driver.as_deref())?, guest: guest.domid };
-    check_driver(host, &link, &guest, &function)?;
+    let driver = find_driver(host.domains.drivers()?, sbdf, options.driver.as_deref())?;
+    let link = Link { driver: driver.domid, guest: guest.domid };
+    check_driver(host, &driver, &guest, &function)?;
+    check_owner(host, &link, &guest, sbdf)?;
 
+    let others = rights::others(host, guest.domid, sbdf);
+    for stranger in rights::strangers(host, &function, &others) {
+        eprintln!(
+            "xl-pciback: warning: {sbdf}: its registers share a 4 KiB page with {stranger}, which the guest can \
+             therefore reach too (XSA-461)"
+        );
+    }
     let mut undo: Undo<'_> = Vec::new();
-    let done = carry_out(host, &link, &guest, &function, options, &mut undo);
+    let done = carry_out(host, &link, &guest, &function, &others, options, &mut undo);
     if done.is_err() {
         while let Some((what, step)) = undo.pop() {
             if let Err(number) = step() {
@@ -94,6 +120,9 @@ pub fn attach(host: &Host<'_>, guest: &str, sbdf: Sbdf, options: &Options) -> Ou
 
 fn check_guest(guest: &Guest) -> Outcome<()> {
     let Guest { name, kind, .. } = guest;
+    if guest.domid == 0 {
+        return Err(Failure::new("domain 0 is no guest", "name a guest; `xl list` shows what runs"));
+    }
     if kind != "pv" {
         return Err(Failure::new(
             format!("guest {name:?} is a {kind} guest, and Linux's xen-pcifront works in PV guests only"),
@@ -117,6 +146,9 @@ fn check_guest(guest: &Guest) -> Outcome<()> {
 
 fn check_function(function: &Function) -> Outcome<()> {
     let sbdf = function.sbdf;
+    if let Some(refusal) = function.refusal() {
+        return Err(refusal);
+    }
     match &function.driver {
         Some(driver) if driver == "pciback" => Err(Failure::new(
             format!("{sbdf} is held by Linux's xen-pciback in dom0"),
@@ -134,80 +166,43 @@ fn check_function(function: &Function) -> Outcome<()> {
     }
 }
 
-/// The driver domain to use.
-pub fn find_driver(host: &Host<'_>, sbdf: Sbdf, name: Option<&str>) -> Outcome<u32> {
-    let drivers = nodes::drivers(host.store);
+/// The driver domain to use: the one whose xl configuration lists the function.
+///
+/// # Errors
+/// There is none.
+pub fn find_driver(mut drivers: Vec<Driver>, sbdf: Sbdf, name: Option<&str>) -> Outcome<Driver> {
     if let Some(name) = name {
-        let found = drivers.iter().find(|(id, known)| known == name || id.to_string() == name);
-        return found.map(|(id, _)| *id).ok_or_else(|| {
-            Failure::new(
+        drivers.retain(|driver| driver.name == name || driver.domid.to_string() == name);
+        if drivers.is_empty() {
+            return Err(Failure::new(
                 format!("driver domain {name:?} is not running"),
                 format!("xl create /etc/xen/{name}.cfg (xl-pciback config prints such a file)"),
-            )
-        });
+            ));
+        }
     }
-    let lists = |id: &u32| host.store.read(0, &nodes::published(*id, sbdf, "state")).is_some();
-    if let Some((id, _)) = drivers.iter().find(|(id, _)| lists(id)) {
-        return Ok(*id);
-    }
-    match drivers.first() {
-        None => Err(Failure::new(
-            format!("no driver domain is running that could serve {sbdf}"),
-            format!("xl-pciback config {sbdf} > /etc/xen/pciback0.cfg; xl create /etc/xen/pciback0.cfg"),
-        )),
-        Some((_, name)) => Err(Failure::new(
-            format!("no running driver domain has {sbdf} (there is {name:?})"),
-            format!(
-                "add the function to iomem= and dev= of its xl configuration (xl-pciback config {sbdf} prints them) and start it again"
+    let Some(position) = drivers.iter().position(|driver| driver.entry(sbdf).is_some()) else {
+        return Err(match drivers.first() {
+            None => Failure::new(
+                format!("no driver domain is running that could serve {sbdf}"),
+                format!("xl-pciback config {sbdf} > /etc/xen/pciback0.cfg; xl create /etc/xen/pciback0.cfg"),
             ),
-        )),
-    }
-}
-
-fn check_driver(host: &Host<'_>, link: &Link, guest: &Guest, function: &Function) -> Outcome<()> {
-    let sbdf = function.sbdf;
-    let read = |node: &str| host.store.read(0, &nodes::published(link.driver, sbdf, node));
-    let name = host.store.read(0, &format!("/local/domain/{}/name", link.driver)).unwrap_or_default();
-    let state = host.wait(Duration::from_secs(10), || match read("state") {
-        Some(state) if state == "resetting" => None,
-        other => other,
-    });
-    match state.as_deref() {
-        Some("ready") => {}
-        Some("in-use") => {
-            let owner = read("frontend").unwrap_or_default();
-            let mine = owner == guest.domid.to_string();
-            let owner_name = host.store.read(0, &format!("/local/domain/{owner}/name")).unwrap_or_default();
-            return Err(Failure::new(
-                format!(
-                    "{sbdf} is already attached to {} {owner_name:?} (domain {owner})",
-                    if mine { "this guest," } else { "guest" }
-                ),
-                format!("xl-pciback detach {} {sbdf}", if owner_name.is_empty() { &owner } else { &owner_name }),
-            ));
-        }
-        Some("broken") => {
-            return Err(Failure::new(
-                format!("driver domain {name:?} cannot serve {sbdf}: {}", read("reason").unwrap_or_default()),
-                "mend what it says, then start the driver domain again",
-            ));
-        }
-        _ => {
-            return Err(Failure::new(
-                format!("driver domain {name:?} does not have {sbdf}"),
+            Some(Driver { name, .. }) => Failure::new(
+                format!("no running driver domain has {sbdf} (there is {name:?})"),
                 format!(
                     "add the function to iomem= and dev= of its xl configuration (xl-pciback config {sbdf} prints them) and start it again"
                 ),
-            ));
-        }
-    }
-    if let Some(id) = read("id").filter(|id| *id != function.id_text()) {
-        return Err(Failure::new(
-            format!("{sbdf} is {} for dom0, but driver domain {name:?} reads {id}", function.id_text()),
-            "check ecam= and iomem= of its xl configuration with xl-pciback check",
-        ));
-    }
-    if let Some(wanted) = read("guest").filter(|wanted| !wanted.is_empty() && *wanted != guest.name) {
+            ),
+        });
+    };
+    Ok(drivers.swap_remove(position))
+}
+
+fn check_driver(host: &Host<'_>, driver: &Driver, guest: &Guest, function: &Function) -> Outcome<()> {
+    let sbdf = function.sbdf;
+    let name = &driver.name;
+    // The promise is the administrator's. It does not depend on what the driver domain says.
+    if let Some(wanted) = driver.entry(sbdf).and_then(|entry| entry.guest.as_ref()).filter(|only| **only != guest.name)
+    {
         return Err(Failure::new(
             format!(
                 "{sbdf} is promised to guest {wanted:?} (guest= in the configuration of {name:?}), not to {:?}",
@@ -223,8 +218,7 @@ fn check_driver(host: &Host<'_>, link: &Link, guest: &Guest, function: &Function
             "switch on VT-d or AMD-Vi in the firmware; `xl info` must name pv_directio or hvm_directio in virt_caps",
         ));
     }
-    let mode = host.store.read(0, &format!("/local/domain/{}/data/pciback/mode", link.driver));
-    if mode.as_deref() == Some("mmcfg0") && !xen.mmcfg_off() {
+    if driver.config.mode == Mode::Mmcfg0 && !xen.mmcfg_off() {
         return Err(Failure::new(
             format!(
                 "driver domain {name:?} was told mode=mmcfg0, but this Xen was not booted with mmcfg=0: its first configuration write would end it"
@@ -232,7 +226,97 @@ fn check_driver(host: &Host<'_>, link: &Link, guest: &Guest, function: &Function
             "boot Xen with mmcfg=0, or take mode=mmcfg0 out of its configuration and start it again",
         ));
     }
+
+    let read = |node: &str| told(host.store, &nodes::published(driver.domid, sbdf, node));
+    let mut said = false;
+    let state = host.wait(host.patience / 3, || match read("state") {
+        Some(state) if state != "resetting" => Some(state),
+        _ => {
+            if !said {
+                eprintln!("xl-pciback: {sbdf}: waiting for driver domain {name:?} to have it ready");
+            }
+            said = true;
+            None
+        }
+    });
+    match state.as_deref() {
+        Some("ready") => {}
+        Some("in-use") => {
+            let owner = read("frontend").unwrap_or_default();
+            let mine = owner == guest.domid.to_string();
+            let owner_name = owner.parse().map(|id| nodes::name_of(host.store, id)).unwrap_or_default();
+            return Err(Failure::new(
+                format!(
+                    "{sbdf} is already attached to {} {owner_name:?} (domain {owner})",
+                    if mine { "this guest," } else { "guest" }
+                ),
+                format!("xl-pciback detach {} {sbdf}", if owner_name.is_empty() { &owner } else { &owner_name }),
+            ));
+        }
+        Some("broken") => {
+            return Err(Failure::new(
+                format!("driver domain {name:?} cannot serve {sbdf}: {}", read("reason").unwrap_or_default()),
+                "mend what it says, then start the driver domain again",
+            ));
+        }
+        Some(other) => {
+            return Err(Failure::new(
+                format!("driver domain {name:?} says {other:?} of {sbdf}, which this version does not know"),
+                "use image and tool of the same version",
+            ));
+        }
+        None => {
+            return Err(stopped(Failure::new(
+                format!("driver domain {name:?} does not say that {sbdf} is ready"),
+                format!("see xl console {name}; it may have crashed, or its kernel= is not the pciback-stubdom image"),
+            )));
+        }
+    }
+    if let Some(id) = read("id").filter(|id| *id != function.id_text()) {
+        return Err(Failure::new(
+            format!("{sbdf} is {} for dom0, but driver domain {name:?} reads {id}", function.id_text()),
+            "check ecam= and iomem= of its xl configuration with xl-pciback check",
+        ));
+    }
     Ok(())
+}
+
+/// Nobody may have the function, and the guest no other backend: it has room for one.
+fn check_owner(host: &Host<'_>, link: &Link, guest: &Guest, sbdf: Sbdf) -> Outcome<()> {
+    let name = &guest.name;
+    if link.index_of(host.store, 0, sbdf).is_some() {
+        return Err(Failure::new(
+            format!("{sbdf} is already attached to this guest, {name:?}"),
+            format!("xl-pciback detach {name} {sbdf}"),
+        ));
+    }
+    if host.xen.is_free(sbdf) == Ok(false) {
+        let holder = rights::holder(host, sbdf);
+        let who = holder.map_or("another domain".into(), |domid| {
+            format!("domain {domid} ({:?})", nodes::name_of(host.store, domid))
+        });
+        return Err(Failure::new(
+            format!("Xen says that {who} already has {sbdf}"),
+            holder.map_or("end that domain; see xl dmesg".into(), |domid| {
+                format!("xl-pciback detach --force {domid} {sbdf}, or end that domain")
+            }),
+        ));
+    }
+    // A number only: the node is the guest's to write, so its path is not followed.
+    let other: Option<u32> = host.store.read(0, &link.front("backend-id")).and_then(|text| text.parse().ok());
+    let Some(other) = other.filter(|other| *other != link.driver) else { return Ok(()) };
+    let there = Link { driver: other, guest: link.guest };
+    if host.store.read(0, &there.back("state")).is_none() {
+        return Ok(());
+    }
+    Err(Failure::new(
+        format!("guest {name:?} gets its PCI functions from domain {other}, and a guest can have one such backend"),
+        if other == 0 {
+            "take pci= out of its xl configuration and start it again".to_string()
+        } else {
+            "list all functions of this guest in one driver domain".to_string()
+        },
+    ))
 }
 
 /// What an errno of assign_device means.
@@ -243,12 +327,12 @@ fn assign_failure(sbdf: Sbdf, number: i32) -> Failure {
             "use another device or port; see xl dmesg",
         ),
         16 => (
-            "MASKALL is still set in its MSI-X control, from before",
-            "reset it (echo 1 > sysfs reset) or power-cycle the host",
+            "another domain has it, or MASKALL is still set in its MSI-X control from before",
+            "xl dmesg tells which; reset it (echo 1 > sysfs reset) or power-cycle the host",
         ),
-        19 => (
-            "Xen does not know it, or another domain owns it",
-            "xl-pciback assignable-remove and assignable-add it again",
+        19 | 22 => (
+            "Xen does not know it, or another domain has it",
+            "see xl dmesg; xl-pciback assignable-remove and assignable-add it again",
         ),
         95 => (
             "the guest has no IOMMU context",
@@ -265,11 +349,13 @@ fn carry_out<'a>(
     link: &'a Link,
     guest: &'a Guest,
     function: &'a Function,
+    others: &'a [Function],
     options: &Options,
     undo: &mut Undo<'a>,
 ) -> Outcome<String> {
     let sbdf = function.sbdf;
     let domid = guest.domid;
+    host.settle(link, guest, host.patience)?;
     reset(host, sbdf);
 
     host.xen.assign(domid, sbdf, false).map_err(|number| assign_failure(sbdf, number))?;
@@ -282,57 +368,56 @@ fn carry_out<'a>(
     ));
 
     // Pushed first: if the third BAR fails, the first two are taken back.
-    undo.push(("memory and ports", Box::new(move || host.bars(domid, function, false).map_err(|(_, number)| number))));
-    host.bars(domid, function, true).map_err(|(range, number)| {
+    undo.push((
+        "memory and ports",
+        Box::new(move || match rights::revoke(host.xen, domid, function, others).first() {
+            Some((_, number)) => Err(*number),
+            None => Ok(()),
+        }),
+    ));
+    rights::grant(host.xen, domid, function).map_err(|(range, number)| {
         Failure::new(format!("{sbdf}: Xen refuses the guest access to {range}: {}", errno(number)), "see xl dmesg")
     })?;
 
-    let irq = if (1..255).contains(&function.irq) { function.irq } else { 0 };
-    if irq != 0 {
+    let irq = rights::irq(function).unwrap_or(0);
+    if irq == 0 {
+        eprintln!("xl-pciback: warning: {sbdf} has no line interrupt that dom0 has routed; its driver may not work");
+    } else {
         host.xen.map_pirq(domid, irq).map_err(|number| {
             Failure::new(format!("{sbdf}: GSI {irq} cannot be mapped for the guest: {}", errno(number)), "see xl dmesg")
         })?;
-        undo.push(("interrupt", Box::new(move || host.xen.unmap_pirq(domid, irq))));
+        let shared = rights::shares_irq(function, others);
+        if !shared {
+            undo.push(("interrupt", Box::new(move || host.xen.unmap_pirq(domid, irq))));
+        }
         host.xen.irq(domid, irq, true).map_err(|number| {
             Failure::new(format!("{sbdf}: the guest cannot be allowed pirq {irq}: {}", errno(number)), "see xl dmesg")
         })?;
-        undo.push(("interrupt permission", Box::new(move || host.xen.irq(domid, irq, false))));
-    } else {
-        eprintln!("xl-pciback: warning: {sbdf} has no line interrupt that dom0 has routed; its driver may not work");
+        if !shared {
+            undo.push(("interrupt permission", Box::new(move || host.xen.irq(domid, irq, false))));
+        }
     }
 
     let first = link.count(host.store, 0).is_none();
     let list = nodes::function_nodes(function, irq, options.permissive);
-    // A change that is under way ends first: the frontend is asked about one at a time.
-    let settled = host.wait(PATIENCE, || {
-        let state = host.store.read(0, &link.back("state"));
-        (!matches!(state.as_deref(), Some("5" | "7" | "8"))).then_some(())
-    });
-    if settled.is_none() {
-        return Err(Failure::new(
-            format!("guest {:?} has not finished an earlier change of its devices", guest.name),
-            "see whether its kernel runs, then try again",
-        ));
-    }
-    announce(host, link, guest, &list).map_err(|number| {
-        Failure::new(
-            format!("{sbdf}: xenstore refuses the announcement: {}", errno(number)),
-            "see whether xenstored runs",
-        )
-    })?;
+    announce(host, link, guest, sbdf, &list)?;
     undo.push(("announcement", Box::new(move || withdraw(host, link, sbdf))));
 
     eprintln!("xl-pciback: {sbdf}: waiting for the driver domain");
     wait_exported(host, link, sbdf)?;
-    let address =
-        link.index_of(host.store, 0, sbdf).and_then(|index| host.store.read(0, &link.back(&format!("vdev-{index}"))));
-    let address = address.unwrap_or_default();
-    let connected = host.store.read(0, &link.back("state")).is_some_and(|state| state == "4");
-    Ok(match (first, connected) {
-        (true, false) => {
-            format!("{sbdf}: exported to {:?} as {address}; it connects when its xen-pcifront loads", guest.name)
-        }
-        _ => format!("{sbdf}: exported to {:?} as {address}", guest.name),
+    let index = link.index_of(host.store, 0, sbdf);
+    let address = index.and_then(|index| told(host.store, &link.back(&format!("vdev-{index}")))).unwrap_or_default();
+    let exported = format!("{sbdf}: exported to {:?} as {address}", guest.name);
+
+    // A frontend that runs takes the function now. One that does not take it is no failure of ours.
+    let front = host.store.read(0, &link.front("state"));
+    let runs = matches!(front.as_deref(), Some("3" | "4" | "7"));
+    let connected = || host.store.read(0, &link.back("state")).is_some_and(|state| state == "4").then_some(());
+    let taken = runs && host.wait(host.patience / 3, connected).is_some();
+    Ok(match (taken, first || !runs) {
+        (true, _) => exported,
+        (false, true) => format!("{exported}; it connects when its xen-pcifront loads"),
+        (false, false) => format!("{exported}; its xen-pcifront has not taken it yet"),
     })
 }
 
@@ -355,10 +440,40 @@ pub fn quarantine(host: &Host<'_>, sbdf: Sbdf) -> Result<(), i32> {
     }
 }
 
-/// Lists the function in xenstore, in one transaction.
-fn announce(host: &Host<'_>, link: &Link, guest: &Guest, list: &[(&'static str, String)]) -> Result<(), i32> {
+/// Lists the function in xenstore, in one transaction, once no other change is under way.
+fn announce(host: &Host<'_>, link: &Link, guest: &Guest, sbdf: Sbdf, list: &[(&'static str, String)]) -> Outcome<()> {
+    loop {
+        host.settle(link, guest, host.patience)?;
+        match list_function(host, link, guest, sbdf, list) {
+            // A change began in between.
+            Err(EBUSY) => {}
+            Err(number) => {
+                return Err(Failure::new(
+                    format!("{sbdf}: xenstore refuses the announcement: {}", errno(number)),
+                    "see whether xenstored runs",
+                ));
+            }
+            Ok(()) => return Ok(()),
+        }
+    }
+}
+
+const EBUSY: i32 = 16;
+const ENOSPC: i32 = 28;
+
+fn list_function(
+    host: &Host<'_>,
+    link: &Link,
+    guest: &Guest,
+    sbdf: Sbdf,
+    list: &[(&'static str, String)],
+) -> Result<(), i32> {
     let Link { driver, guest: domid } = *link;
     transaction(host.store, |tx| {
+        let state = host.store.read(tx, &link.back("state"));
+        if in_change(state.as_deref()) {
+            return Err(EBUSY);
+        }
         let write = |path: &str, value: &str| host.store.write(tx, path, value);
         let node = |path: &str, value: &str| {
             write(path, value)?;
@@ -366,6 +481,10 @@ fn announce(host: &Host<'_>, link: &Link, guest: &Guest, list: &[(&'static str, 
         };
         let count = link.count(host.store, tx);
         let index = count.unwrap_or(0);
+        if index >= nodes::MAX_FUNCTIONS {
+            return Err(ENOSPC);
+        }
+        write(&nodes::record(sbdf, "domid"), &domid.to_string())?;
         if count.is_none() {
             for folder in ["backend", "backend/pci", &format!("backend/pci/{domid}")] {
                 let path = format!("/local/domain/{driver}/{folder}");
@@ -395,7 +514,7 @@ fn announce(host: &Host<'_>, link: &Link, guest: &Guest, list: &[(&'static str, 
         node(&link.back("num_devs"), &(index + 1).to_string())?;
         if count.is_none() {
             node(&link.back("state"), "1")
-        } else if host.store.read(tx, &link.back("state")).is_some_and(|state| state == "4") {
+        } else if state.as_deref() == Some("4") {
             write(&link.back("state"), "7")
         } else {
             Ok(())
@@ -406,6 +525,7 @@ fn announce(host: &Host<'_>, link: &Link, guest: &Guest, list: &[(&'static str, 
 /// Takes the function out of the list, and the folders with the last one.
 pub fn withdraw(host: &Host<'_>, link: &Link, sbdf: Sbdf) -> Result<(), i32> {
     transaction(host.store, |tx| {
+        host.store.remove(tx, &nodes::record(sbdf, "domid"))?;
         let Some(index) = link.index_of(host.store, tx, sbdf) else { return Ok(()) };
         let count = link.count(host.store, tx).unwrap_or(0);
         if count <= 1 {
@@ -449,12 +569,12 @@ pub fn withdraw(host: &Host<'_>, link: &Link, sbdf: Sbdf) -> Result<(), i32> {
 }
 
 fn wait_exported(host: &Host<'_>, link: &Link, sbdf: Sbdf) -> Outcome<()> {
-    let verdict = host.wait(PATIENCE, || {
+    let verdict = host.wait(host.patience, || {
         let index = link.index_of(host.store, 0, sbdf)?;
-        if let Some(error) = host.store.read(0, &link.back(&format!("error-{index}"))) {
+        if let Some(error) = told(host.store, &link.back(&format!("error-{index}"))) {
             return Some(Err(error));
         }
-        if let Some(error) = host.store.read(0, &link.back("error")) {
+        if let Some(error) = told(host.store, &link.back("error")) {
             return Some(Err(error));
         }
         let state = host.store.read(0, &link.back(&format!("state-{index}")))?;
@@ -466,9 +586,12 @@ fn wait_exported(host: &Host<'_>, link: &Link, sbdf: Sbdf) -> Outcome<()> {
             format!("the driver domain does not export {sbdf}: {error}"),
             "mend what it says; xl console of the driver domain may tell more",
         )),
-        None => Err(Failure::new(
-            format!("the driver domain or the guest did not answer within {} seconds about {sbdf}", PATIENCE.as_secs()),
+        None => Err(stopped(Failure::new(
+            format!(
+                "the driver domain or the guest did not answer within {} seconds about {sbdf}",
+                host.patience.as_secs()
+            ),
             "see xl console of the driver domain, and whether the guest's kernel runs",
-        )),
+        ))),
     }
 }

@@ -21,6 +21,16 @@ pub struct Problem {
 pub fn check(text: &str, sysfs: &Sysfs, xen: Option<&XenInfo>) -> Vec<Problem> {
     let windows = sysfs.ecam();
     let mut problems = examine(text, windows.as_deref().unwrap_or(&[]), |sbdf| sysfs.function(sbdf).ok(), xen);
+    let kernel = match xlcfg::parse(text).0.remove("kernel") {
+        Some(Value::Text(kernel)) => Some(kernel),
+        _ => None,
+    };
+    if let Some(kernel) = kernel.filter(|kernel| !std::path::Path::new(kernel).is_file()) {
+        problems.push(Problem {
+            what: format!("kernel {kernel:?} is no file of this host"),
+            remedy: "install the pciback-stubdom image there, or correct the path".into(),
+        });
+    }
     if let Err(failure) = windows {
         problems.push(Problem { what: failure.what, remedy: failure.remedy });
     }
@@ -46,7 +56,13 @@ fn examine(
     if text_of("type") != Some("pvh") {
         say("type is not \"pvh\"".into(), "the image boots as a PVH domain only: type = \"pvh\"");
     }
-    if text_of("name").is_none() {
+    if values.contains_key("pci") {
+        say(
+            "pci= is not for a driver domain: libxl refuses it for PVH".into(),
+            "take it out; iomem= and dev= are its grant",
+        );
+    }
+    if text_of("name").is_none_or(str::is_empty) {
         say("the domain has no name".into(), "name = \"pciback0\"");
     }
     if text_of("kernel").is_none() {
@@ -70,8 +86,8 @@ fn examine(
             say(format!("{sbdf}: the host has no such function"), "lspci -D lists what there is");
             continue;
         };
-        if function.header_type != 0 {
-            say(format!("{sbdf} is a bridge"), "name the functions behind it");
+        if let Some(refusal) = function.refusal() {
+            say(refusal.what, &refusal.remedy);
         }
         match device.id {
             Some(id) if id != function.id => {
@@ -90,6 +106,12 @@ fn examine(
         }
         let told = config.ecam.iter().find_map(|window| window.frame(sbdf));
         let true_frame = windows.iter().find_map(|window| window.frame(sbdf));
+        if !windows.is_empty() && true_frame.is_none() {
+            say(
+                format!("{sbdf}: no window of ACPI's MCFG table covers its bus"),
+                "this function cannot be served; see dmesg | grep -i mcfg",
+            );
+        }
         if let (Some(told), Some(true_frame)) = (told, true_frame)
             && told != true_frame
         {
@@ -173,7 +195,9 @@ mod tests {
             let mut function = Function {
                 sbdf,
                 id: (0x1b36, 0x10),
+                class: 0x01_0802,
                 header_type: 0,
+                is_virtual: false,
                 resources: Default::default(),
                 irq: 21,
                 driver: None,
@@ -201,6 +225,9 @@ mod tests {
         one("memory = 4", "memory = 3", "memory is below 4");
         one("b0100,1", "b0101,1", "iomem lacks its frame b0100");
         one("b0100,1", "b0101,1", "frame b0101, which belongs to no dev=");
+        one("ecam=0000:00-ff", "ecam=0000:10-ff", "no ecam= window covers this function");
+        one("memory = 4", "memory = 4\npci = [ \"01:00.0\" ]", "pci= is not for a driver domain");
+        one("name = \"pciback0\"", "name = \"\"", "has no name");
         one("b0100,1", "b0100", "is not \"FRAME,COUNT\"");
         one("@b0000000", "@c0000000", "ACPI's MCFG table at b0100");
         one("1b36:0010", "1b36:0011", "id= says 1b36:0011");
@@ -211,6 +238,10 @@ mod tests {
         assert!(found[0].contains("dom0's driver \"nvme\""));
         let found = problems(GOOD, |function| function.header_type = 1, "mmcfg=0");
         assert!(found[0].contains("is a bridge"));
+        let found = problems(GOOD, |function| function.class = 0x06_0100, "mmcfg=0");
+        assert!(found[0].contains("class 0601"));
+        let found = problems(GOOD, |function| function.is_virtual = true, "mmcfg=0");
+        assert!(found[0].contains("virtual function"));
         let found = problems(GOOD, |_| {}, "console=com1");
         assert!(found[0].contains("would end the domain"));
     }

@@ -27,9 +27,21 @@ pub struct Options {
 /// # Errors
 /// A function that does not exist or that no ECAM window covers.
 pub fn generate(sysfs: &Sysfs, functions: &[Sbdf], options: &Options) -> Outcome<String> {
+    plain("--name", &options.name)?;
+    plain("--kernel", &options.kernel)?;
+    options.guest.as_deref().map_or(Ok(()), |guest| plain("--guest", guest))?;
     let windows = sysfs.ecam()?;
     let functions = functions.iter().map(|sbdf| sysfs.function(*sbdf)).collect::<Outcome<Vec<_>>>()?;
     render(&windows, &functions, options)
+}
+
+/// Text that stands in a quoted string of an xl file and in one word of a command line.
+fn plain(option: &str, text: &str) -> Outcome<()> {
+    let bad = |ch: char| ch.is_whitespace() || ch.is_control() || matches!(ch, '"' | '\'' | ',');
+    if text.is_empty() || text.contains(bad) {
+        return Err(Failure::usage(format!("{option} {text:?}: blanks, commas and quotes cannot stand there")));
+    }
+    Ok(())
 }
 
 fn render(windows: &[Ecam], functions: &[Function], options: &Options) -> Outcome<String> {
@@ -38,8 +50,8 @@ fn render(windows: &[Ecam], functions: &[Function], options: &Options) -> Outcom
     let mut comments = String::new();
     for function in functions {
         let sbdf = function.sbdf;
-        if function.header_type != 0 {
-            return Err(Failure::new(format!("{sbdf} is a bridge"), "name the functions behind it"));
+        if let Some(refusal) = function.refusal() {
+            return Err(refusal);
         }
         let window = windows.iter().find(|window| window.frame(sbdf).is_some());
         let (Some(window), Some(frame)) = (window, window.and_then(|window| window.frame(sbdf))) else {
@@ -48,7 +60,11 @@ fn render(windows: &[Ecam], functions: &[Function], options: &Options) -> Outcom
                 "this function cannot be served; see dmesg | grep -i mcfg",
             ));
         };
-        frames.push(format!("\"{frame:x},1\""));
+        let entry = format!("\"{frame:x},1\"");
+        if frames.contains(&entry) {
+            return Err(Failure::usage(format!("{sbdf} is named twice")));
+        }
+        frames.push(entry);
         if !words.contains(&window.word()) {
             words.insert(0, window.word());
         }
@@ -95,7 +111,9 @@ mod tests {
         let function = |text: &str, id| Function {
             sbdf: text.parse().unwrap(),
             id,
+            class: 0x02_0000,
             header_type: 0,
+            is_virtual: false,
             resources: Default::default(),
             irq: 21,
             driver: None,
@@ -120,5 +138,15 @@ mod tests {
         assert_eq!(pciback::cmdline::parse(line).1, []);
         let beyond = [function("0001:01:00.0", (1, 1))];
         assert!(render(&windows, &beyond, &options).unwrap_err().what.contains("no window"));
+        let twice = [functions[0].clone(), functions[0].clone()];
+        assert!(render(&windows, &twice, &options).unwrap_err().what.contains("named twice"));
+    }
+
+    #[test]
+    fn a_name_cannot_carry_words_of_its_own_into_the_file() {
+        for text in ["", "db1,permissive", "db1 mode=mmcfg0", "db1\"\nkernel=\"/x", "db'1"] {
+            assert!(plain("--guest", text).is_err(), "{text:?}");
+        }
+        assert_eq!(plain("--guest", "sys-net.2_b"), Ok(()));
     }
 }

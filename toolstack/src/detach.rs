@@ -1,13 +1,16 @@
 //! Detach: tell the guest first, wait for it, and only then take away what it used.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pciback::sbdf::Sbdf;
 
 use crate::attach::{Host, find_driver, quarantine, reset, withdraw};
+use crate::domains::Guest;
 use crate::error::{Failure, Outcome, errno};
-use crate::nodes::Link;
-use crate::xen::{Store, transaction};
+use crate::nodes::{self, Link};
+use crate::rights;
+use crate::sysfs::Function;
+use crate::xen::{self, transaction};
 
 /// Options of `detach`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,54 +35,128 @@ impl Default for Options {
 /// It is not attached, or the guest does not let it go: nothing was taken away then.
 pub fn detach(host: &Host<'_>, guest: &str, sbdf: Sbdf, options: &Options) -> Outcome<String> {
     let guest = host.domains.guest(guest)?;
-    let link = Link { driver: find_driver(host, sbdf, options.driver.as_deref())?, guest: guest.domid };
-    let index = link.index_of(host.store, 0, sbdf).ok_or_else(|| {
-        Failure::new(format!("{sbdf} is not attached to guest {:?}", guest.name), "xl-pciback list shows what is where")
-    })?;
     let function = host.sysfs.function(sbdf)?;
+    let driver = find_driver(host.domains.drivers()?, sbdf, options.driver.as_deref());
+    if let (Err(failure), true) = (&driver, options.driver.is_some()) {
+        return Err(failure.clone());
+    }
+    let link = driver.ok().map(|driver| Link { driver: driver.domid, guest: guest.domid });
+    match link.and_then(|link| Some((link.index_of(host.store, 0, sbdf)?, link))) {
+        Some((_, link)) => ask(host, &link, &guest, &function, options),
+        None => orphan(host, &guest, &function, options),
+    }
+}
 
-    let told = tell(host, &link, index).map_err(|number| {
+/// The usual way: the guest is asked, and what it used goes once it has let go.
+fn ask(host: &Host<'_>, link: &Link, guest: &Guest, function: &Function, options: &Options) -> Outcome<String> {
+    let sbdf = function.sbdf;
+    let end = Instant::now() + options.timeout;
+    let left = || end.saturating_duration_since(Instant::now());
+    match host.settle(link, guest, options.timeout) {
+        Err(failure) if !options.force => return Err(failure),
+        _ => {}
+    }
+    let told = tell(host, link, sbdf).map_err(|number| {
         Failure::new(format!("{sbdf}: xenstore refuses the wish: {}", errno(number)), "see whether xenstored runs")
     })?;
     eprintln!("xl-pciback: {sbdf}: waiting for guest {:?} to let it go", guest.name);
-    let released = host.wait(options.timeout, || {
+    let state_is = |wanted: &str| {
         let index = link.index_of(host.store, 0, sbdf)?;
         let state = host.store.read(0, &link.back(&format!("state-{index}")))?;
+        (state == wanted).then_some(())
+    };
+    let mut released = host.wait(left().max(Duration::from_millis(20)), || {
         let settled =
             !told || host.store.read(0, &link.back("state")).is_some_and(|state| state != "7" && state != "8");
-        (state == "6" && settled).then_some(())
+        if settled { state_is("6") } else { None }
     });
-    if released.is_none() && !options.force {
-        take_back(host, &link, sbdf);
+    // The driver domain has released it, which it does after the guest's answer. That the frontend has not
+    // gone back to Connected is no reason to keep it.
+    released = released.or_else(|| state_is("6"));
+    if released.is_none() && (!options.force || xen::interrupted()) {
+        take_back(host, link, sbdf);
+        if xen::interrupted() {
+            return Err(Failure::new(
+                format!("interrupted; guest {:?} keeps {sbdf}", guest.name),
+                "run the command again",
+            ));
+        }
         return Err(Failure::new(
             format!("guest {:?} did not let {sbdf} go within {} seconds", guest.name, options.timeout.as_secs()),
             "stop what uses it in the guest and try again, or use --force, which takes it away under a running driver",
         ));
     }
+    let others = rights::others(host, guest.domid, sbdf);
+    let withdrawn = withdraw(host, link, sbdf);
+    finish(host, guest, function, &others, withdrawn)
+}
 
-    // The guest has let go: now its rights go, and a failure of one is no reason to keep another.
+/// The driver domain has ended, or was started anew, while the guest had the function. Nobody can tell the
+/// guest, which noticed long ago; but Xen still lets it use the device.
+fn orphan(host: &Host<'_>, guest: &Guest, function: &Function, options: &Options) -> Outcome<String> {
+    let sbdf = function.sbdf;
+    if rights::holder(host, sbdf) != Some(guest.domid) {
+        return Err(Failure::new(
+            format!("{sbdf} is not attached to guest {:?}", guest.name),
+            "xl-pciback list shows what is where",
+        ));
+    }
+    if !options.force {
+        return Err(Failure::new(
+            format!("the driver domain that served {sbdf} to {:?} is gone, so the guest cannot be told", guest.name),
+            "end the guest, or use --force, which takes the device away under a running driver",
+        ));
+    }
+    let others = rights::others(host, guest.domid, sbdf);
+    let forgotten = transaction(host.store, |tx| {
+        host.store.remove(tx, &nodes::record(sbdf, "domid"))?;
+        // The guest's end is removed with the last function, if its backend is gone as well.
+        let link = Link { driver: 0, guest: guest.domid };
+        let backend = host.store.read(tx, &link.front("backend-id")).and_then(|text| text.parse().ok());
+        let gone = |driver| host.store.read(tx, &Link { driver, guest: guest.domid }.back("state")).is_none();
+        if others.is_empty() && backend.is_some_and(gone) {
+            host.store.remove(tx, &link.front_folder())?;
+        }
+        Ok(())
+    });
+    finish(host, guest, function, &others, forgotten)
+}
+
+/// Takes away what the guest used. A failure of one step is no reason to leave out another.
+fn finish(
+    host: &Host<'_>,
+    guest: &Guest,
+    function: &Function,
+    others: &[Function],
+    withdrawn: Result<(), i32>,
+) -> Outcome<String> {
+    let (sbdf, domid) = (function.sbdf, guest.domid);
     let mut problems = Vec::new();
     let mut note = |what: &str, outcome: Result<(), i32>| {
         if let Err(number) = outcome {
             problems.push(format!("{what}: {}", errno(number)));
         }
     };
-    note("withdrawing the announcement", withdraw(host, &link, sbdf));
-    if (1..255).contains(&function.irq) {
-        note("interrupt permission", host.xen.irq(guest.domid, function.irq, false));
+    note("withdrawing the announcement", withdrawn);
+    if let Some(irq) = rights::irq(function).filter(|_| !rights::shares_irq(function, others)) {
+        note("interrupt permission", host.xen.irq(domid, irq, false));
         // EINVAL, ESRCH: the guest's own teardown was first.
         note(
             "interrupt",
-            host.xen.unmap_pirq(guest.domid, function.irq).or_else(|number| match number {
+            host.xen.unmap_pirq(domid, irq).or_else(|number| match number {
                 3 | 22 => Ok(()),
                 other => Err(other),
             }),
         );
     }
-    note("memory and ports", host.bars(guest.domid, &function, false).map_err(|(_, number)| number));
-    note("assignment", host.xen.deassign(guest.domid, sbdf));
-    note("quarantine", quarantine(host, sbdf));
+    for (range, number) in rights::revoke(host.xen, domid, function, others) {
+        note(&range, Err(number));
+    }
+    note("assignment", host.xen.deassign(domid, sbdf));
+    let quarantined = quarantine(host, sbdf);
     reset(host, sbdf);
+    // What kept it out of quarantine (MASKALL left set, EBUSY) may have gone with the reset.
+    note("quarantine", quarantined.or_else(|_| quarantine(host, sbdf)));
     if problems.is_empty() {
         Ok(format!("{sbdf}: detached from {:?}", guest.name))
     } else {
@@ -88,10 +165,11 @@ pub fn detach(host: &Host<'_>, guest: &str, sbdf: Sbdf, options: &Options) -> Ou
 }
 
 /// Says that the function shall go. True if a connected frontend has to answer.
-fn tell(host: &Host<'_>, link: &Link, index: u32) -> Result<bool, i32> {
+fn tell(host: &Host<'_>, link: &Link, sbdf: Sbdf) -> Result<bool, i32> {
     let connected = |tx: u32| host.store.read(tx, &link.back("state")).is_some_and(|state| state == "4");
     let told = connected(0);
     transaction(host.store, |tx| {
+        let index = link.index_of(host.store, tx, sbdf).ok_or(2)?;
         host.store.write(tx, &link.back(&format!("state-{index}")), "5")?;
         // Without a connected frontend the driver domain sees the list change and acts at once.
         if connected(tx) { host.store.write(tx, &link.back("state"), "7") } else { Ok(()) }
@@ -117,13 +195,24 @@ fn take_back(host: &Host<'_>, link: &Link, sbdf: Sbdf) {
     }
 }
 
-/// Whether any guest has the function: for `assignable-remove`.
-pub fn attached_to(store: &dyn Store, sbdf: Sbdf) -> Option<u32> {
-    crate::nodes::drivers(store).into_iter().find_map(|(driver, _)| {
-        let guests = store.list(0, &format!("/local/domain/{driver}/backend/pci"));
-        guests
-            .into_iter()
-            .filter_map(|guest| guest.parse().ok())
-            .find(|guest| Link { driver, guest: *guest }.index_of(store, 0, sbdf).is_some())
+/// Whether any guest has the function, by the driver domains' lists, this tool's records, or Xen itself.
+///
+/// # Errors
+/// `xl list` does not answer.
+pub fn attached_to(host: &Host<'_>, sbdf: Sbdf) -> Outcome<Option<String>> {
+    let named = |domid: u32| format!("domain {domid} ({:?})", nodes::name_of(host.store, domid));
+    for driver in host.domains.drivers()? {
+        let guests = host.store.list(0, &format!("/local/domain/{}/backend/pci", driver.domid));
+        let guests = guests.into_iter().filter_map(|guest| guest.parse().ok());
+        let listed = guests
+            .map(|guest| Link { driver: driver.domid, guest })
+            .find(|link| link.index_of(host.store, 0, sbdf).is_some());
+        if let Some(link) = listed {
+            return Ok(Some(named(link.guest)));
+        }
+    }
+    Ok(match host.xen.is_free(sbdf) {
+        Ok(false) => Some(rights::holder(host, sbdf).map_or("some domain".into(), named)),
+        _ => None,
     })
 }

@@ -1,9 +1,11 @@
-//! `list`: every driver domain's functions and where they are.
+//! `list`: every driver domain's functions and where they are. Which functions there are is read from
+//! the driver domains' configurations; how they stand, from what the driver domains publish.
 
 use serde_json::{Value, json};
 
-use crate::nodes;
-use crate::xen::Store;
+use crate::attach::Host;
+use crate::error::Outcome;
+use crate::nodes::{self, told};
 
 /// One function of one driver domain.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -12,7 +14,7 @@ pub struct Row {
     pub driver: (u32, String),
     /// Address.
     pub function: String,
-    /// `ready`, `in-use`, `broken`.
+    /// `ready`, `in-use`, `broken`, or `unknown` while the driver domain has not said.
     pub state: String,
     /// Vendor and device id.
     pub id: String,
@@ -29,40 +31,39 @@ pub struct Row {
 }
 
 /// All rows.
-pub fn rows(store: &dyn Store) -> Vec<Row> {
+///
+/// # Errors
+/// `xl list` does not answer.
+pub fn rows(host: &Host<'_>) -> Outcome<Vec<Row>> {
     let mut rows = Vec::new();
-    for (driver, name) in nodes::drivers(store) {
-        let base = format!("/local/domain/{driver}/data/pciback");
-        let mode = store.read(0, &format!("{base}/mode")).unwrap_or_default();
-        let mut folders = store.list(0, &format!("{base}/device"));
-        folders.sort();
-        for folder in folders {
-            let read =
-                |node: &str| store.read(0, &format!("{base}/device/{folder}/{node}")).filter(|text| !text.is_empty());
-            // SSSS-BB-DD-F is SSSS:BB:DD.F
-            let parts: Vec<&str> = folder.split('-').collect();
-            let [segment, bus, device, function] = parts[..] else { continue };
-            let address = format!("{segment}:{bus}:{device}.{function}");
+    for driver in host.domains.drivers()? {
+        let mode = told(host.store, &format!("/local/domain/{}/data/pciback/mode", driver.domid));
+        for device in &driver.config.devices {
+            let sbdf = device.sbdf;
+            let read = |node: &str| {
+                told(host.store, &nodes::published(driver.domid, sbdf, node)).filter(|text| !text.is_empty())
+            };
             let guest: Option<u32> = read("frontend").and_then(|text| text.parse().ok());
-            let virtual_address = guest.and_then(|guest| {
-                let link = nodes::Link { driver, guest };
-                let index = link.index_of(store, 0, address.parse().ok()?)?;
-                store.read(0, &link.back(&format!("vdev-{index}")))
+            let address = guest.and_then(|guest| {
+                let link = nodes::Link { driver: driver.domid, guest };
+                let index = link.index_of(host.store, 0, sbdf)?;
+                told(host.store, &link.back(&format!("vdev-{index}")))
             });
             rows.push(Row {
-                driver: (driver, name.clone()),
-                function: address,
-                state: read("state").unwrap_or_default(),
+                driver: (driver.domid, driver.name.clone()),
+                function: sbdf.to_string(),
+                state: read("state").unwrap_or_else(|| "unknown".into()),
                 id: read("id").unwrap_or_default(),
-                guest: guest.map(|id| (id, store.read(0, &format!("/local/domain/{id}/name")).unwrap_or_default())),
-                promised: read("guest"),
-                address: virtual_address,
+                guest: guest.map(|id| (id, nodes::name_of(host.store, id))),
+                promised: device.guest.clone(),
+                address,
                 reason: read("reason"),
-                mode: mode.clone(),
+                mode: mode.clone().unwrap_or_default(),
             });
         }
     }
-    rows
+    rows.sort_by(|a, b| (a.driver.0, &a.function).cmp(&(b.driver.0, &b.function)));
+    Ok(rows)
 }
 
 /// As a table.

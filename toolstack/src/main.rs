@@ -13,6 +13,7 @@ mod domains;
 mod error;
 mod list;
 mod nodes;
+mod rights;
 mod sysfs;
 #[cfg(test)]
 mod tests;
@@ -50,6 +51,7 @@ Commands:
   list                       show driver domains, functions and guests   [--json]
 
 BDF is SSSS:BB:DD.F or BB:DD.F (hexadecimal); GUEST is a name or a domain number.
+--libdir DIR (or XL_PCIBACK_LIBDIR) names the folder of Xen's libraries where they are in no usual one.
 `xl-pciback COMMAND --help` says more about one command.
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 check found problems.
 ";
@@ -92,21 +94,28 @@ frame a function, ids. Redirect it to /etc/xen/NAME.cfg.
             "\
 Usage: xl-pciback attach [--driver NAME] [--permissive] GUEST BDF
 Gives a function to a guest, which may be paused or run. The guest must be PV, with e820_host = 1 and
-passthrough = \"enabled\". Whatever fails, nothing is left behind.
+passthrough = \"enabled\". Whatever fails, nothing is left behind; neither if it is interrupted (Ctrl-C).
+  --driver NAME    the driver domain; by default the one whose configuration lists the function
+  --permissive     let the guest write registers that have no rule
 "
         }
         "detach" => {
             "\
 Usage: xl-pciback detach [--driver NAME] [--timeout SECONDS] [--force] GUEST BDF
 Tells the guest, waits until it has let go (10 seconds), then takes its rights away. With --force it takes
-them away even if the guest does not answer.
+them away even if the guest does not answer, or cannot be told because the driver domain is gone.
+Interrupted (Ctrl-C) while it waits, the guest keeps the function.
 "
         }
         "list" => {
             "\
 Usage: xl-pciback list [--json]
-Shows every function of every driver domain. JSON: an array of objects with driver_domid, driver, mode,
-function, id, state, reason, guest_domid, guest, promised_to, guest_address.
+Shows every function of every driver domain.
+  --json           an array with an object a function; keys are added in later versions, never changed:
+                   driver_domid (number), driver (name), mode, function (SSSS:BB:DD.F), id (vvvv:dddd),
+                   state (unknown, ready, in-use, broken), reason (why it is broken), guest_domid (number)
+                   and guest (name) that have it, promised_to (the only guest that may have it),
+                   guest_address (SSSS:BB:DD.FF). What does not apply is null.
 "
         }
         _ => return None,
@@ -127,7 +136,21 @@ struct Line {
     force: bool,
     json: bool,
     no_rebind: bool,
+    libdir: Option<String>,
     help: bool,
+    given: Vec<String>,
+}
+
+/// The options of a command, without `--help` and `--libdir`.
+fn options(command: &str) -> &'static [&'static str] {
+    match command {
+        "assignable-remove" => &["no-rebind"],
+        "config" => &["guest", "name", "kernel", "permissive", "mode"],
+        "attach" => &["driver", "permissive"],
+        "detach" => &["driver", "timeout", "force"],
+        "list" => &["json"],
+        _ => &[],
+    }
 }
 
 fn parse(args: impl IntoIterator<Item = std::ffi::OsString>) -> Outcome<Line> {
@@ -149,6 +172,7 @@ fn parse(args: impl IntoIterator<Item = std::ffi::OsString>) -> Outcome<Line> {
         match option.as_str() {
             "help" => line.help = true,
             "version" => line.words.insert(0, "version".into()),
+            "libdir" => line.libdir = Some(text()?),
             "driver" => line.driver = Some(text()?),
             "guest" => line.guest = Some(text()?),
             "name" => line.name = Some(text()?),
@@ -163,6 +187,9 @@ fn parse(args: impl IntoIterator<Item = std::ffi::OsString>) -> Outcome<Line> {
             "json" => line.json = true,
             "no-rebind" => line.no_rebind = true,
             other => return Err(Failure::usage(format!("there is no option --{other}"))),
+        }
+        if !["help", "version", "libdir"].contains(&option.as_str()) {
+            line.given.push(option);
         }
     }
     Ok(line)
@@ -224,6 +251,9 @@ fn run() -> Outcome<()> {
         print!("{text}");
         return Ok(());
     }
+    if let Some(option) = line.given.iter().find(|option| !options(command).contains(&option.as_str())) {
+        return Err(Failure::usage(format!("{command} has no option --{option}")));
+    }
     let sysfs = Sysfs::default();
     if command == "config" {
         let functions = addresses(words)?;
@@ -281,8 +311,13 @@ fn run() -> Outcome<()> {
         "detach" => guest_and_address(words).map(|(guest, sbdf)| Job::Detach(guest, sbdf))?,
         _ => none(words).map(|()| Job::List)?,
     };
-    let xen = Xen::open()?;
-    let host = Host { xen: &xen, store: &xen, sysfs: &sysfs, domains: &Xl };
+    let libdir = line.libdir.or_else(|| std::env::var("XL_PCIBACK_LIBDIR").ok());
+    let xen = Xen::open(libdir.as_deref())?;
+    let host = Host { xen: &xen, store: &xen, sysfs: &sysfs, domains: &Xl, patience: attach::PATIENCE };
+    // From here on an interrupt ends waits, not the program in the middle of a change.
+    if !matches!(job, Job::Assignable | Job::List) {
+        xen::hold_interrupts();
+    }
     match job {
         Job::Add(functions) => each(functions, |sbdf| assignable::add(&host, sbdf))?,
         Job::Remove(functions) => each(functions, |sbdf| assignable::remove(&host, sbdf, !line.no_rebind))?,
@@ -297,7 +332,7 @@ fn run() -> Outcome<()> {
             println!("{}", detach::detach(&host, guest, sbdf, &options)?);
         }
         Job::List => {
-            let rows = list::rows(&xen);
+            let rows = list::rows(&host)?;
             if line.json {
                 println!("{:#}", list::json(&rows));
             } else {

@@ -1,4 +1,7 @@
 //! The xenstore nodes of a connection, in the formats of libxl, xen-pcifront and the driver domain.
+//!
+//! The backend's folder belongs to the driver domain, which parses what guests say. What is read from
+//! there is a claim: bounded, shown without control characters, never the ground for giving rights.
 
 use pciback::sbdf::Sbdf;
 
@@ -7,6 +10,12 @@ use crate::xen::Store;
 
 /// Domains from this number on are reserved; one of them holds functions in quarantine.
 pub const DOMID_IO: u32 = 0x7ff1;
+
+/// This tool's own records, dom0's alone: a folder a function that was made assignable.
+pub const RECORDS: &str = "/pciback/assignable";
+
+/// Functions a virtual bus can hold.
+pub const MAX_FUNCTIONS: u32 = 256;
 
 /// Backend and frontend folders of one guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,7 +49,7 @@ impl Link {
 
     /// How many functions are listed; `None` if there is no backend folder.
     pub fn count<S: Store + ?Sized>(&self, store: &S, tx: u32) -> Option<u32> {
-        store.read(tx, &self.back("num_devs")).map(|text| text.parse().unwrap_or(0))
+        store.read(tx, &self.back("num_devs")).map(|text| text.parse().unwrap_or(0).min(MAX_FUNCTIONS))
     }
 
     /// The place of a function in the list.
@@ -55,10 +64,36 @@ impl Link {
 /// Nodes that come once a function.
 pub const PER_FUNCTION: [&str; 10] = ["dev", "key", "opts", "id", "irq", "resource", "state", "vdev", "error", "name"];
 
+/// The address as a part of a path: xenstored takes neither colons nor dots.
+fn folder(sbdf: Sbdf) -> String {
+    sbdf.to_string().replace([':', '.'], "-")
+}
+
+/// The function of such a part.
+pub fn of_folder(folder: &str) -> Option<Sbdf> {
+    let (rest, function) = folder.rsplit_once('-')?;
+    format!("{}.{function}", rest.replace('-', ":")).parse().ok()
+}
+
 /// A published node of one function of a driver domain.
 pub fn published(driver: u32, sbdf: Sbdf, node: &str) -> String {
-    let (segment, bus, device, function) = (sbdf.segment(), sbdf.bus(), sbdf.device(), sbdf.function());
-    format!("/local/domain/{driver}/data/pciback/device/{segment:04x}-{bus:02x}-{device:02x}-{function:x}/{node}")
+    format!("/local/domain/{driver}/data/pciback/device/{}/{node}", folder(sbdf))
+}
+
+/// One of this tool's records: `driver`, what had the function in dom0; `domid`, the guest that has it.
+pub fn record(sbdf: Sbdf, node: &str) -> String {
+    format!("{RECORDS}/{}/{node}", folder(sbdf))
+}
+
+/// A node that another domain writes, fit for a terminal: one line, no control characters, bounded.
+pub fn told<S: Store + ?Sized>(store: &S, path: &str) -> Option<String> {
+    let text = store.read(0, path)?;
+    Some(text.chars().take(300).map(|ch| if ch.is_control() { '?' } else { ch }).collect())
+}
+
+/// A domain's name, or nothing.
+pub fn name_of<S: Store + ?Sized>(store: &S, domid: u32) -> String {
+    told(store, &format!("/local/domain/{domid}/name")).unwrap_or_default()
 }
 
 /// The nodes of function number `index`, without its state.
@@ -75,10 +110,18 @@ pub fn function_nodes(function: &Function, irq: u32, permissive: bool) -> Vec<(&
     ]
 }
 
-/// Domains that run this project's image: number and name.
-pub fn drivers<S: Store + ?Sized>(store: &S) -> Vec<(u32, String)> {
-    let ids = store.list(0, "/local/domain").into_iter().filter_map(|id| id.parse().ok());
-    ids.filter(|id| store.read(0, &format!("/local/domain/{id}/data/pciback/version")).is_some())
-        .map(|id: u32| (id, store.read(0, &format!("/local/domain/{id}/name")).unwrap_or_default()))
-        .collect()
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_survive_being_part_of_a_path() {
+        for text in ["0000:01:00.0", "00ff:80:1f.7"] {
+            let sbdf: Sbdf = text.parse().unwrap();
+            assert_eq!(of_folder(&folder(sbdf)), Some(sbdf));
+        }
+        for text in ["", "-", "0000-01-00", "0000-01-00-0-0", "..", "0000:01:00.0-x"] {
+            assert_eq!(of_folder(text), None, "{text}");
+        }
+    }
 }

@@ -46,8 +46,12 @@ pub struct Function {
     pub sbdf: Sbdf,
     /// Vendor and device id.
     pub id: (u16, u16),
+    /// Class code: base class, subclass, programming interface.
+    pub class: u32,
     /// PCI header type without the multifunction bit.
     pub header_type: u8,
+    /// Whether it is a virtual function (SR-IOV).
+    pub is_virtual: bool,
     /// BAR0 to BAR5 and the ROM.
     pub resources: [Resource; 7],
     /// dom0's interrupt number: the GSI once dom0 has routed it.
@@ -68,6 +72,32 @@ impl Function {
     pub fn resource_text(&self) -> String {
         let lines = self.resources.map(|r| format!("{:#018x} {:#018x} {:#018x}", r.start, r.end, r.flags));
         lines.join(";")
+    }
+
+    /// Why the function can never be passed through, if so.
+    pub fn refusal(&self) -> Option<Failure> {
+        let sbdf = self.sbdf;
+        let (base, sub) = (self.class >> 16 & 0xff, self.class >> 8 & 0xff);
+        match (self.header_type, base, sub) {
+            (1 | 2, ..) => Some(Failure::new(
+                format!("{sbdf} is a bridge (header type {})", self.header_type),
+                "pass through the functions behind it, not the bridge",
+            )),
+            (3.., ..) => Some(Failure::new(
+                format!("{sbdf} has header type {:#x}, which is not that of a device", self.header_type),
+                "see lspci -xs of it; a device that answers all ones has lost its power or its link",
+            )),
+            // Host and ISA bridges have a device's header. 0680 ("other") is also what NTB cards have.
+            (0, 6, sub) if sub != 0x80 => Some(Failure::new(
+                format!("{sbdf} is a bridge (class {base:02x}{sub:02x}) that the host itself needs"),
+                "name a device, not a part of the chipset",
+            )),
+            _ if self.is_virtual => Some(Failure::new(
+                format!("{sbdf} is a virtual function (SR-IOV), which this version does not serve"),
+                "pass through the physical function",
+            )),
+            _ => None,
+        }
     }
 
     /// Whether the function was taken from dom0 for this project.
@@ -107,8 +137,9 @@ fn parse_hex(text: &str) -> Option<u64> {
 }
 
 impl Default for Sysfs {
+    /// The real one; tests of the program put another in `XL_PCIBACK_SYSFS`.
     fn default() -> Sysfs {
-        Sysfs { root: "/".into() }
+        Sysfs { root: std::env::var_os("XL_PCIBACK_SYSFS").map_or("/".into(), PathBuf::from) }
     }
 }
 
@@ -164,6 +195,8 @@ impl Sysfs {
         Ok(Function {
             sbdf,
             id: (number("vendor")? as u16, number("device")? as u16),
+            class: number("class")? as u32,
+            is_virtual: folder.join("physfn").exists(),
             header_type: header.get(0x0e).copied().unwrap_or(0xff) & 0x7f,
             resources,
             irq: read("irq").ok().and_then(|text| text.parse().ok()).unwrap_or(0),
@@ -183,6 +216,11 @@ impl Sysfs {
                 "see dom0's kernel log (dmesg)",
             )
         })
+    }
+
+    /// Whether dom0 has enabled the function.
+    pub fn is_enabled(&self, sbdf: Sbdf) -> bool {
+        fs::read_to_string(self.folder(sbdf).join("enable")).is_ok_and(|text| text.trim() != "0")
     }
 
     /// Whether a function has an attribute.

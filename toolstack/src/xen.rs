@@ -6,6 +6,7 @@
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_ulong, c_void};
 use std::fs;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use libloading::Library;
 use pciback::sbdf::Sbdf;
@@ -16,6 +17,8 @@ use crate::error::{Failure, Outcome};
 pub trait Hypervisor {
     /// Moves a function to a domain's IOMMU context (`XEN_DOMCTL_assign_device`).
     fn assign(&self, domid: u32, sbdf: Sbdf, relaxed_rdm: bool) -> Result<(), i32>;
+    /// Whether no guest has it: dom0 or the quarantine has. An error where Xen cannot tell (no IOMMU).
+    fn is_free(&self, sbdf: Sbdf) -> Result<bool, i32>;
     /// Takes it away again.
     fn deassign(&self, domid: u32, sbdf: Sbdf) -> Result<(), i32>;
     /// Allows or forbids machine frames.
@@ -79,6 +82,7 @@ struct Permission {
 const XS_PERM_NONE: c_uint = 0;
 const XS_PERM_READ: c_uint = 1;
 const XEN_DOMCTL_DEV_RDM_RELAXED: u32 = 1;
+const DOMID_INVALID: u32 = 0x7ff4;
 
 /// Both libraries with an open handle each.
 pub struct Xen {
@@ -107,6 +111,35 @@ pub fn release() -> Option<String> {
     Some(format!("{}.{}", read("major")?.trim(), read("minor")?.trim()))
 }
 
+unsafe extern "C" {
+    fn free(pointer: *mut c_void);
+    fn signal(number: c_int, handler: extern "C" fn(c_int)) -> *mut c_void;
+}
+
+/// Whether the user asked to stop since [`hold_interrupts`].
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn note_interrupt(_: c_int) {
+    INTERRUPTED.store(true, Ordering::Relaxed);
+}
+
+/// From now on SIGINT, SIGTERM and SIGHUP end waits instead of the program, so that what was begun is
+/// undone or finished.
+pub fn hold_interrupts() {
+    const SIGHUP: c_int = 1;
+    const SIGINT: c_int = 2;
+    const SIGTERM: c_int = 15;
+    for number in [SIGHUP, SIGINT, SIGTERM] {
+        // SAFETY: the handler only stores to an atomic, which is safe in a signal handler.
+        unsafe { signal(number, note_interrupt) };
+    }
+}
+
+/// Whether one of these signals came.
+pub fn interrupted() -> bool {
+    INTERRUPTED.load(Ordering::Relaxed)
+}
+
 /// Loads the first of `names` that is there.
 fn load(names: &[String]) -> Option<Library> {
     names.iter().find_map(|name| {
@@ -116,30 +149,44 @@ fn load(names: &[String]) -> Option<Library> {
 }
 
 impl Xen {
-    /// Loads the libraries of the running release and opens both interfaces.
+    /// Loads the libraries of the running release, from `libdir` if given, and opens both interfaces.
     ///
     /// # Errors
     /// Not under Xen, not in dom0, or no libraries of this release.
-    pub fn open() -> Outcome<Xen> {
+    pub fn open(libdir: Option<&str>) -> Outcome<Xen> {
         let release = release().ok_or_else(|| {
             Failure::new(
-                "this machine does not run under Xen (there is no /sys/hypervisor/version)",
+                "not running under Xen as dom0: there is no /sys/hypervisor/version",
                 "run xl-pciback in dom0 of a Xen host, as root",
             )
         })?;
         let name = format!("libxenctrl.so.{release}");
-        let folders = ["", "/usr/lib/x86_64-linux-gnu/", "/usr/lib64/", "/usr/lib/"];
-        let mut names: Vec<String> = folders.iter().map(|folder| format!("{folder}{name}")).collect();
-        names.push(format!("/usr/lib/xen-{release}/lib/x86_64-linux-gnu/{name}"));
-        names.push(format!("/usr/lib/xen-{release}/lib/{name}"));
-        let control = load(&names).ok_or_else(|| {
+        let names = |name: &str| match libdir {
+            Some(folder) => vec![format!("{folder}/{name}")],
+            None => ["", "/usr/lib/x86_64-linux-gnu/", "/usr/lib64/", "/usr/lib/", "/usr/local/lib/"]
+                .map(String::from)
+                .into_iter()
+                .chain([
+                    format!("/usr/lib/xen-{release}/lib/x86_64-linux-gnu/"),
+                    format!("/usr/lib/xen-{release}/lib/"),
+                ])
+                .map(|folder| format!("{folder}{name}"))
+                .collect(),
+        };
+        let place = libdir.map(|folder| format!(" in {folder}")).unwrap_or_default();
+        let control = load(&names(&name)).ok_or_else(|| {
             Failure::new(
-                format!("{name} is not installed"),
-                format!("install Xen's tools for {release} (Debian: xen-utils-{release})"),
+                format!("{name} cannot be loaded{place}"),
+                format!(
+                    "install Xen's tools for {release} (Debian: xen-utils-{release}), or name their folder: --libdir"
+                ),
             )
         })?;
-        let store = load(&["libxenstore.so.4".into(), "libxenstore.so".into()]).ok_or_else(|| {
-            Failure::new("libxenstore.so.4 is not installed", "install Xen's tools (Debian: xen-utils-common)")
+        let store = load(&names("libxenstore.so.4")).ok_or_else(|| {
+            Failure::new(
+                format!("libxenstore.so.4 cannot be loaded{place}"),
+                "install Xen's tools (Debian: xenstore-utils), or name their folder: --libdir",
+            )
         })?;
         let missing = |_| {
             Failure::new(format!("{name} lacks a function this tool needs"), "report the Xen release to the project")
@@ -153,7 +200,10 @@ impl Xen {
         let xs = unsafe { xs_open(0) };
         if handle.is_null() || xs.is_null() {
             return Err(Failure::new(
-                format!("Xen's {} interface cannot be opened", if xs.is_null() { "xenstore" } else { "control" }),
+                format!(
+                    "not running under Xen as dom0: Xen's {} interface cannot be opened",
+                    if xs.is_null() { "xenstore" } else { "control" }
+                ),
                 "run as root in dom0, with xenstored running",
             ));
         }
@@ -194,6 +244,15 @@ impl Hypervisor for Xen {
         control!(self, "xc_assign_device", (domid => u32, sbdf.packed() => u32, flag => u32))
     }
 
+    fn is_free(&self, sbdf: Sbdf) -> Result<bool, i32> {
+        match control!(self, "xc_test_assign_device", (DOMID_INVALID => u32, sbdf.packed() => u32)) {
+            Ok(()) => Ok(true),
+            // EINVAL, EBUSY: "already assigned, or non-existent".
+            Err(16 | 22) => Ok(false),
+            Err(number) => Err(number),
+        }
+    }
+
     fn deassign(&self, domid: u32, sbdf: Sbdf) -> Result<(), i32> {
         control!(self, "xc_deassign_device", (domid => u32, sbdf.packed() => u32))
     }
@@ -224,10 +283,6 @@ impl Hypervisor for Xen {
     fn irq(&self, domid: u32, pirq: u32, allow: bool) -> Result<(), i32> {
         control!(self, "xc_domain_irq_permission", (domid => u32, pirq => u32, allow => bool))
     }
-}
-
-unsafe extern "C" {
-    fn free(pointer: *mut c_void);
 }
 
 fn path(text: &str) -> Result<CString, i32> {

@@ -22,7 +22,8 @@ pub fn parse(text: &str) -> (BTreeMap<String, Value>, Vec<String>) {
         if line.is_empty() {
             continue;
         }
-        while line.contains('[') && !line.ends_with(']') {
+        let is_list = |line: &str| line.split_once('=').is_some_and(|(_, value)| value.trim_start().starts_with('['));
+        while is_list(&line) && !line.ends_with(']') {
             let Some((_, more)) = lines.next() else { break };
             line.push(' ');
             line.push_str(strip_comment(more).trim());
@@ -72,7 +73,7 @@ fn value_of(text: &str) -> Option<Value> {
 fn scalar(text: &str) -> Option<String> {
     let quoted = |quote: char| text.strip_prefix(quote)?.strip_suffix(quote);
     if let Some(inner) = quoted('"').or_else(|| quoted('\'')) {
-        return Some(inner.to_string());
+        return (!inner.contains(['"', '\''])).then(|| inner.to_string());
     }
     let number = !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric());
     number.then(|| text.to_string())
@@ -93,6 +94,14 @@ mod tests {
         assert_eq!(values["iomem"], Value::List(vec!["b0100,1".into(), "b0028,1".into()]));
         assert_eq!(values["extra"], Value::Text("a #b".into()));
         assert_eq!(values["empty"], Value::List(vec![]));
+    }
+
+    #[test]
+    fn a_bracket_inside_a_string_starts_no_list() {
+        let (values, problems) = parse("name = \"a[b\"\nmemory = 4\nextra = 'x' 'y'\n");
+        assert_eq!(values["name"], Value::Text("a[b".into()));
+        assert_eq!(values["memory"], Value::Text("4".into()));
+        assert_eq!(problems.len(), 1);
     }
 
     #[test]

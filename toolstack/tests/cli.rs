@@ -1,0 +1,164 @@
+//! The program as a user meets it: messages, exit codes, and that neither wrong words nor a machine
+//! without Xen ends in a backtrace. sysfs is a tree of the test, `xl` a script of the test.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+struct Machine(PathBuf);
+
+impl Machine {
+    /// A host with one NVMe drive at 0000:01:00.0 and the host bridge, and an `xl` that says `info`.
+    fn new(name: &str, info: &str) -> Machine {
+        let root = std::env::temp_dir().join(format!("xl-pciback-cli-{}-{name}", std::process::id()));
+        for (sbdf, class, driver_override) in
+            [("0000:01:00.0", "0x010802", "pciback-stubdom"), ("0000:00:00.0", "0x060000", "(null)")]
+        {
+            let folder = root.join("sys/bus/pci/devices").join(sbdf);
+            fs::create_dir_all(&folder).unwrap();
+            for (name, text) in [
+                ("vendor", "0x1b36"),
+                ("device", "0x0010"),
+                ("class", class),
+                ("irq", "21"),
+                ("driver_override", driver_override),
+                ("resource", "0x00000000fe600000 0x00000000fe603fff 0x0000000000140204"),
+            ] {
+                fs::write(folder.join(name), format!("{text}\n")).unwrap();
+            }
+            fs::write(folder.join("config"), [0u8; 64]).unwrap();
+        }
+        let mut table = vec![0u8; 44];
+        table[..4].copy_from_slice(b"MCFG");
+        table[4] = 60;
+        table.extend(0xb000_0000u64.to_le_bytes());
+        table.extend([0, 0, 0, 255, 0, 0, 0, 0]);
+        let folder = root.join("sys/firmware/acpi/tables");
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join("MCFG"), table).unwrap();
+        let xl = root.join("xl");
+        fs::write(&xl, format!("#!/bin/sh\nprintf '{info}'\n")).unwrap();
+        fs::set_permissions(&xl, fs::Permissions::from_mode(0o755)).unwrap();
+        Machine(root)
+    }
+
+    fn run(&self, args: &[&str]) -> (i32, String, String) {
+        let output: Output = Command::new(env!("CARGO_BIN_EXE_xl-pciback"))
+            .args(args)
+            .env("XL_PCIBACK_SYSFS", &self.0)
+            .env("PATH", format!("{}:/usr/bin:/bin", self.0.display()))
+            .output()
+            .unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
+    }
+
+    fn file(&self, name: &str, text: &str) -> String {
+        let path = self.0.join(name);
+        fs::write(&path, text).unwrap();
+        path.display().to_string()
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+const MMCFG0: &str = "virt_caps : pv pv_directio\\nxen_commandline : console=com1 mmcfg=0\\n";
+const STOCK: &str = "virt_caps : pv pv_directio\\nxen_commandline : console=com1\\n";
+
+#[test]
+fn wrong_words_are_named_and_end_with_2() {
+    let machine = Machine::new("usage", STOCK);
+    for (args, told) in [
+        (&[][..], "no command"),
+        (&["frobnicate"], "\"frobnicate\""),
+        (&["attach"], "wants GUEST BDF"),
+        (&["attach", "g1", "nonsense"], "\"nonsense\" is not a PCI address"),
+        (&["attach", "g1", "01:00.0", "02:00.0"], "wants GUEST BDF"),
+        (&["attach", "--force", "g1", "01:00.0"], "attach has no option --force"),
+        (&["assignable-add"], "at least one function"),
+        (&["assignable-add", "--no-rebind", "01:00.0"], "no option --no-rebind"),
+        (&["detach", "--timeout", "soon", "g1", "01:00.0"], "--timeout"),
+        (&["detach", "--timeout"], "--timeout"),
+        (&["list", "all"], "takes no argument"),
+        (&["list", "--jsn"], "--jsn"),
+        (&["config", "--mode", "fast", "01:00.0"], "--mode fast"),
+        (&["config", "--guest", "a,permissive", "01:00.0"], "--guest"),
+        (&["config", "01:00.0", "01:00.0"], "named twice"),
+        (&["check"], "one FILE"),
+    ] {
+        let (code, out, err) = machine.run(args);
+        assert_eq!((code, out.as_str()), (2, ""), "{args:?}: {err}");
+        assert!(err.contains(told), "{args:?}: {err}");
+        assert!(err.contains("\nremedy: ") && !err.contains("panicked"), "{err}");
+    }
+}
+
+#[test]
+fn every_command_explains_itself() {
+    let machine = Machine::new("help", STOCK);
+    let (code, all, _) = machine.run(&["--help"]);
+    assert_eq!(code, 0);
+    for command in
+        ["assignable-add", "assignable-remove", "assignable-list", "config", "check", "attach", "detach", "list"]
+    {
+        assert!(all.contains(&format!("\n  {command}")), "{command}");
+        let (code, text, _) = machine.run(&[command, "--help"]);
+        assert!(code == 0 && text.starts_with(&format!("Usage: xl-pciback {command}")), "{command}: {text}");
+    }
+    assert_eq!(machine.run(&["--version"]).1, format!("xl-pciback {}\n", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn config_prints_what_check_accepts() {
+    let machine = Machine::new("config", MMCFG0);
+    let image = machine.file("image", "");
+    let (code, text, err) = machine.run(&["config", "01:00.0", "--guest", "db1", "--kernel", &image]);
+    assert_eq!(code, 0, "{err}");
+    let wanted = format!(
+        "# Driver domain for PCI functions, written by xl-pciback config.\n\
+         # 0000:01:00.0: 1b36:0010, GSI 21, configuration space at frame b0100\n\
+         # mode=mmcfg0: this Xen was booted with mmcfg=0, so the domain may write configuration space\n\
+         name = \"pciback0\"\ntype = \"pvh\"\nkernel = \"{image}\"\nmemory = 4\nmaxmem = 4\nvcpus = 1\n\
+         iomem = [ \"b0100,1\" ]\n\
+         extra = \"ecam=0000:00-ff@b0000000 dev=0000:01:00.0,guest=db1,id=1b36:0010 mode=mmcfg0\"\n"
+    );
+    assert_eq!(text, wanted);
+    let file = machine.file("good.cfg", &text);
+    assert_eq!(machine.run(&["check", &file]), (0, format!("{file}: fits this host\n"), String::new()));
+
+    let stock = Machine::new("config-stock", STOCK);
+    let (code, text, _) = stock.run(&["config", "01:00.0"]);
+    assert!(code == 0 && text.contains(" mode=auto\""), "{text}");
+    let (code, out, err) = stock.run(&["check", &file]);
+    assert_eq!(code, 3);
+    assert!(out.contains("would end the domain\n  remedy: boot Xen with mmcfg=0"), "{out}");
+    assert!(err.contains("1 problem(s)"), "{err}");
+}
+
+#[test]
+fn what_cannot_be_served_gets_no_configuration() {
+    let machine = Machine::new("refused", STOCK);
+    let (code, out, err) = machine.run(&["config", "00:00.0"]);
+    assert!(code == 1 && out.is_empty() && err.contains("class 0600"), "{err}");
+    let (code, _, err) = machine.run(&["config", "77:00.0"]);
+    assert!(code == 1 && err.contains("0000:77:00.0: the host has no such PCI function"), "{err}");
+    let (code, _, err) = machine.run(&["check", "/nonexistent.cfg"]);
+    assert!(code == 1 && err.contains("/nonexistent.cfg cannot be read"), "{err}");
+}
+
+#[test]
+fn without_xen_it_says_so() {
+    if Path::new("/sys/hypervisor/version").exists() {
+        return;
+    }
+    let machine = Machine::new("no-xen", STOCK);
+    for args in [&["attach", "g1", "01:00.0"][..], &["list"], &["assignable-add", "01:00.0"]] {
+        let (code, _, err) = machine.run(args);
+        assert!(code == 1 && err.contains("not running under Xen as dom0"), "{args:?}: {err}");
+    }
+}
