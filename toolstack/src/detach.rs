@@ -116,6 +116,10 @@ fn orphan(host: &Host<'_>, guest: &Guest, function: &Function, options: &Options
         let gone = |driver| host.store.read(tx, &Link { driver, guest: guest.domid }.back("state")).is_none();
         if others.is_empty() && backend.is_some_and(gone) {
             host.store.remove(tx, &link.front_folder())?;
+            let parent = format!("/local/domain/{}/device/pci", guest.domid);
+            if host.store.list(tx, &parent).is_empty() {
+                host.store.remove(tx, &parent)?;
+            }
         }
         Ok(())
     });
