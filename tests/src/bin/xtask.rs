@@ -100,7 +100,11 @@ fn command() -> Result<ExitCode> {
         "image" => image(),
         "rig" => rig_command(&words),
         "test" => test(words.long),
-        _ => Err(fail!("{name} is not there yet")),
+        "demo" => shown("demo", rig::demo::run),
+        _ => {
+            let release = releases(words.release.as_deref())?[0];
+            shown("bench", |built| rig::bench::run(built, release))
+        }
     }
 }
 
@@ -157,6 +161,13 @@ fn rig_command(words: &Words) -> Result<ExitCode> {
         lines.extend(runner::run(&built, release, &todo, &words.xen_args));
     }
     Ok(finish(&lines))
+}
+
+/// Something to look at: builds, runs, and fails with a reason.
+fn shown(name: &str, run: impl FnOnce(&Built) -> Outcome) -> Result<ExitCode> {
+    install_missing()?;
+    run(&Built::new()?).map_err(|stop| fail!("{name}: {stop}"))?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// The scenarios that run on a release when none is named.
