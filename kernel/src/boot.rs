@@ -66,17 +66,11 @@ impl fmt::Display for BootError {
 /// been allocated.
 pub unsafe fn read(address: u32) -> Result<BootInfo, BootError> {
     let start = core::ptr::with_exposed_provenance::<StartInfo>(address as usize);
-    // SAFETY: the loader's start info is mapped and aligned; version 0 lacks the last fields, which
-    // are not touched then. Read field by field, for that reason.
-    let (magic, version, cmdline, modlist, modules) = unsafe {
-        (
-            (&raw const (*start).magic).read(),
-            (&raw const (*start).version).read(),
-            (&raw const (*start).cmdline_paddr).read(),
-            (&raw const (*start).modlist_paddr).read(),
-            (&raw const (*start).nr_modules).read(),
-        )
-    };
+    // SAFETY: the loader's start info is aligned and in mapped RAM. Version 0 lacks the last two
+    // fields: then they are whatever lies behind it, and are not used.
+    let info = unsafe { start.read() };
+    let (magic, version, cmdline) = (info.magic, info.version, info.cmdline_paddr);
+    let (modlist, modules) = (info.modlist_paddr, info.nr_modules);
     if magic != START_MAGIC_VALUE {
         return Err(BootError::Magic(magic));
     }
@@ -94,13 +88,11 @@ pub unsafe fn read(address: u32) -> Result<BootInfo, BootError> {
     let inside = |addr: u64, size: u64| (addr..addr.saturating_add(size)).contains(&(end_of_image() - 1));
     let mut ram_end = None;
     if version >= 1 {
-        // SAFETY: version 1 has these fields.
-        let (map, entries) =
-            unsafe { ((&raw const (*start).memmap_paddr).read(), (&raw const (*start).memmap_entries).read()) };
+        let (map, entries) = (info.memmap_paddr, info.memmap_entries);
         let map_ptr = core::ptr::with_exposed_provenance::<MemmapTableEntry>(map as usize);
         for index in 0..if map == 0 { 0 } else { entries as usize } {
             // SAFETY: the map has `entries` entries.
-            let entry = unsafe { map_ptr.add(index).read() };
+            let entry = unsafe { map_ptr.wrapping_add(index).read() };
             if entry.ty == RAM && inside(entry.addr, entry.size) {
                 ram_end = Some(entry.addr + entry.size);
             }

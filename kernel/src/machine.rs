@@ -154,7 +154,7 @@ impl Platform for Machine {
             .ecam
             .iter()
             .find_map(|window| window.frame(sbdf))
-            .ok_or_else(|| format!("no ecam= window on the command line covers it"))?;
+            .ok_or_else(|| String::from("no ecam= window on the command line covers it"))?;
         let address = frame.saturating_mul(PAGE_SIZE);
         self.space.map(address, Use::Device).map_err(|error| match error {
             MapError::OutOfMemory => "no memory left for its page tables: give the domain more memory".into(),

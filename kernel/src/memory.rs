@@ -124,9 +124,10 @@ impl AddressSpace {
     pub unsafe fn build(heap: (u64, u64)) -> Result<AddressSpace, MapError> {
         let top = TableFrames.allocate_frame().ok_or(MapError::OutOfMemory)?;
         let table = core::ptr::with_exposed_provenance_mut::<PageTable>(top.start_address().as_u64() as usize);
-        // SAFETY: a zeroed frame of our own is an empty table; physical and virtual addresses of all
-        // table frames are equal, so the offset is 0.
-        let mut space = AddressSpace(unsafe { OffsetPageTable::new(&mut *table, VirtAddr::zero()) });
+        // SAFETY: a zeroed frame of our own is an empty table, and nothing else refers to it.
+        let table = unsafe { &mut *table };
+        // SAFETY: physical and virtual addresses of all table frames are equal, so the offset is 0.
+        let mut space = AddressSpace(unsafe { OffsetPageTable::new(table, VirtAddr::zero()) });
 
         let guards = [&raw const boot_stack_guard as u64, &raw const trap_stack_guard as u64];
         let sections = [

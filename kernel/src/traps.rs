@@ -76,11 +76,10 @@ pub fn init() {
     let task = gdt.append(Descriptor::tss_segment(tss));
     let gdt: &'static GlobalDescriptorTable = alloc::boxed::Box::leak(alloc::boxed::Box::new(gdt));
     gdt.load();
-    // SAFETY: both selectors are of the table just loaded, and of the right kind.
-    unsafe {
-        CS::set_reg(code);
-        load_tss(task);
-    }
+    // SAFETY: the selector is of the table just loaded, and a code segment's.
+    unsafe { CS::set_reg(code) };
+    // SAFETY: the selector is of the table just loaded, and a task state's.
+    unsafe { load_tss(task) };
 
     // SAFETY: the table is ours and never changes.
     let entries = unsafe { &trap_table };
