@@ -264,9 +264,12 @@ impl VirtualConfig {
     pub fn detach<C: ConfigSpace>(&mut self, hardware: &mut C) {
         self.guest = None;
         let held = hardware.read(header::COMMAND, Width::Word) as u16;
-        if held & command::MASTER != 0 && held != u16::MAX {
-            // Without writes the guest could not have turned it on.
-            let _ = hardware.write(header::COMMAND, Width::Word, u32::from(held & !command::MASTER));
+        // A device that still asks for service holds a shared line: every other user of the line would see
+        // interrupts nobody claims. It stays silent until the next guest enables it.
+        let idle = (held & !command::MASTER) | command::INTX_DISABLE;
+        if held != idle && held != u16::MAX {
+            // Without writes the guest could not have turned anything on.
+            let _ = hardware.write(header::COMMAND, Width::Word, u32::from(idle));
         }
     }
 

@@ -769,7 +769,7 @@ fn reference_item_3_nothing_is_left_for_the_next_guest() {
     bench.config.detach(&mut bench.hardware);
     assert_eq!(bench.config.pirq(), 0);
     assert_eq!(bench.config.write(&mut bench.hardware, 4, 2, 7), Err(WireError::DeviceNotFound));
-    assert_eq!(bench.hardware.word(4), 0x0003, "bus mastering off, decoding on");
+    assert_eq!(bench.hardware.word(4), 0x0403, "bus mastering and the line interrupt off, decoding on");
 
     bench.config.attach(&mut bench.hardware, Model::nic_view()).expect("attached");
     assert_eq!(bench.read(0x04, 2), 0);
