@@ -294,15 +294,22 @@ impl<T: Transport> Client<T> {
             if available == 0 || available > ring::RING_SIZE {
                 return;
             }
+            // First up to the end of the header, then up to the end of the message it announces.
             let mut complete = false;
-            while cons != prod && !complete {
-                self.partial.push(self.page.read(ring::RSP + (cons % ring::RING_SIZE) as usize));
-                cons = cons.wrapping_add(1);
-                match self.header() {
-                    Some((_, _, len)) if len > ring::PAYLOAD_MAX => return,
-                    Some((_, _, len)) => complete = self.partial.len() == ring::HEADER + len,
-                    None => {}
+            while !complete {
+                let header = self.header();
+                let wanted = ring::HEADER + header.map_or(0, |(_, _, len)| len);
+                if wanted > ring::HEADER + ring::PAYLOAD_MAX {
+                    return;
                 }
+                while cons != prod && self.partial.len() < wanted {
+                    self.partial.push(self.page.read(ring::RSP + (cons % ring::RING_SIZE) as usize));
+                    cons = cons.wrapping_add(1);
+                }
+                if self.partial.len() < wanted {
+                    break;
+                }
+                complete = header.is_some();
             }
             self.page.atomic32(ring::RSP_CONS).store(cons, Ordering::Release);
             self.transport.notify();

@@ -179,6 +179,9 @@ fn hammer(path: &str) -> io::Result<()> {
         let mut at = 0;
         while file.read_at(buffer.get(), at)? == MIB as usize {
             at += MIB;
+            // Always a read under way or about to be, but not all of the emulator's time: it emulates the drive in the
+            // same thread as everything else the machine waits for.
+            thread::sleep(Duration::from_millis(20));
         }
     }
 }
