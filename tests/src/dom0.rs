@@ -1,6 +1,7 @@
 //! What scenarios do in dom0 and in guests: create, attach, wait with a bound, clean up. Every wait names what it waits
 //! for, and its bound is generous: software emulation on a busy machine is slow.
 
+use std::collections::HashSet;
 use std::fmt;
 
 use rig_agent::Reply;
@@ -340,10 +341,10 @@ impl Rig {
     }
 
     /// Everything in xenstore about devices and the driver domain, to compare before and after. What changes by itself is
-    /// left out.
+    /// left out, and so is the memory target that any xl command may note.
     pub fn store(&mut self) -> Outcome<String> {
         self.run(
-            "xenstore-ls -fp | grep -v -e '/report = ' -e /cpu-us -e /hypercalls -e /heap-used -e /memory/ || true",
+            "xenstore-ls -fp | grep -v -e '/report = ' -e /cpu-us -e /hypercalls -e /heap-used -e /memory/ -e '/memory = ' || true",
         )
     }
 
@@ -390,6 +391,17 @@ impl Rig {
     }
 }
 
+/// Lines of xenstore that one listing has and the other has not.
+pub fn changes(before: &str, after: &str) -> Vec<String> {
+    let only = |a: &str, b: &str, sign: char| {
+        let other: HashSet<&str> = b.lines().collect();
+        a.lines().filter(|line| !other.contains(line)).map(|line| format!("{sign} {line}")).collect::<Vec<_>>()
+    };
+    let mut found = only(before, after, '-');
+    found.extend(only(after, before, '+'));
+    found
+}
+
 fn check_listed(names: &str) -> Outcome {
     if names.is_empty() { Ok(()) } else { Err(Stop::Crash(format!("{names} crashed"))) }
 }
@@ -403,6 +415,11 @@ mod tests {
         let script = format!("printf %s {}", quote("it's $HOME \"x\""));
         let out = std::process::Command::new("sh").args(["-c", &script]).output().unwrap();
         assert_eq!(out.stdout, b"it's $HOME \"x\"");
+    }
+
+    #[test]
+    fn changes_of_a_listing_say_which_way_they_went() {
+        assert_eq!(changes("a = 1\nb = 2", "b = 22\na = 1"), ["- b = 2", "+ b = 22"]);
     }
 
     #[test]

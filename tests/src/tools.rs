@@ -155,9 +155,10 @@ pub fn on_path(name: &str) -> bool {
 }
 
 /// Programs and files the rig needs on the host, and the Debian package each is in.
-const NEEDED: [(&str, &str); 7] = [
+const NEEDED: [(&str, &str); 8] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("busybox", "busybox-static"),
+    ("setpriv", "util-linux"),
     ("xz", "xz-utils"),
     ("gzip", "gzip"),
     ("objdump", "binutils"),

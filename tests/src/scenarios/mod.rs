@@ -13,6 +13,7 @@ mod nvme;
 mod read_only;
 mod reboot;
 mod tool_errors;
+mod tool_reads;
 mod two_functions;
 mod two_guests;
 
@@ -43,7 +44,7 @@ const fn scenario(name: &'static str, about: &'static str, run: fn(&mut Rig) -> 
 }
 
 /// All of them.
-pub const ALL: [Scenario; 13] = [
+pub const ALL: [Scenario; 14] = [
     scenario("nvme", "a guest reads and writes an NVMe drive, with interrupts", nvme::run),
     scenario("nic", "a guest uses a network card", nic::run),
     scenario("two-guests", "two guests use a device each at once", two_guests::run),
@@ -54,6 +55,7 @@ pub const ALL: [Scenario; 13] = [
     scenario("module-reload", "the guest reloads its drivers and pcifront", module_reload::run),
     scenario("idle", "the driver domain does not run when nothing is to do", idle::run),
     scenario("command-line", "wrong words on the command line are reported", command_line::run),
+    scenario("tool-reads", "list and check say what is, and change nothing", tool_reads::run),
     scenario("tool-errors", "dom0's tool refuses what cannot work", tool_errors::run),
     scenario("lifecycle", "xl shutdown, reboot and destroy of the driver domain", lifecycle::run),
     Scenario {

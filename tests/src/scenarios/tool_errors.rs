@@ -1,7 +1,7 @@
 //! dom0's tool refuses what cannot work, says why, and leaves nothing behind.
 
 use crate::check;
-use crate::dom0::{DRIVER, Guest, NIC, NVME, Outcome, Rig, SPARE};
+use crate::dom0::{DRIVER, Guest, NIC, NVME, Outcome, Rig, SPARE, changes};
 use crate::tools::tail;
 
 /// Runs a command that must fail with a code and a message that holds one of the words, and must not change xenstore.
@@ -12,14 +12,8 @@ fn refused(rig: &mut Rig, command: &str, code: i32, words: &[&str]) -> Outcome {
     check!(got == code, "`{command}` ended with {got}, not {code}: {}", tail(&said, 5));
     let lower = said.to_lowercase();
     check!(words.iter().any(|word| lower.contains(word)), "`{command}` says none of {words:?}: {}", tail(&said, 5));
-    if before != after {
-        let changed: Vec<&str> = after
-            .lines()
-            .filter(|line| !before.contains(line))
-            .chain(before.lines().filter(|line| !after.contains(line)))
-            .collect();
-        check!(changed.is_empty(), "`{command}` failed and left changes in xenstore:\n{}", changed.join("\n"));
-    }
+    let changed = changes(&before, &after);
+    check!(changed.is_empty(), "`{command}` failed and left changes in xenstore:\n{}", changed.join("\n"));
     Ok(())
 }
 
