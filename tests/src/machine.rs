@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
@@ -33,6 +33,63 @@ pub struct Options {
     pub dir: PathBuf,
 }
 
+/// The right to run a machine: one at a time on this computer, because two on a few cores starve each other until guests
+/// miss their timeouts and figures mean nothing. `flock` holds it, and lets go when the pipe to it closes.
+#[derive(Debug)]
+struct Turn {
+    holder: Child,
+}
+
+impl Turn {
+    fn wait() -> Result<Self> {
+        // A file of another user in a shared folder could not be opened.
+        let user = std::fs::metadata("/proc/self").context("/proc/self")?.uid();
+        Self::wait_for(&std::env::temp_dir().join(format!("pciback-stubdom-rig.{user}.lock")))
+    }
+
+    fn wait_for(path: &Path) -> Result<Self> {
+        let mut holder = Command::new("flock")
+            .arg(path)
+            .arg("cat")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("flock")?;
+        let (Some(mut to), Some(from)) = (holder.stdin.take(), holder.stdout.take()) else {
+            return Err(fail!("flock has no pipes"));
+        };
+        std::io::Write::write_all(&mut to, b"mine\n")?;
+        // cat starts, and echoes, when the lock is taken.
+        let (sender, answer) = mpsc::channel();
+        thread::spawn(move || {
+            let mut line = String::new();
+            let read = BufReader::new(from).read_line(&mut line);
+            sender.send(read.is_ok() && line == "mine\n")
+        });
+        let mut told = false;
+        let taken = loop {
+            match answer.recv_timeout(Duration::from_secs(2)) {
+                Err(RecvTimeoutError::Timeout) if told => {}
+                Err(RecvTimeoutError::Timeout) => {
+                    say("waiting for another rig on this computer to end");
+                    told = true;
+                }
+                answered => break answered == Ok(true),
+            }
+        };
+        holder.stdin = Some(to);
+        let turn = Self { holder };
+        if taken { Ok(turn) } else { Err(fail!("cannot lock {}", path.display())) }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        // Closes the pipe, and cat ends.
+        let _ = self.holder.wait();
+    }
+}
+
 /// A running machine.
 #[derive(Debug)]
 pub struct Machine {
@@ -42,6 +99,8 @@ pub struct Machine {
     replies: Receiver<std::io::Result<Reply>>,
     seq: u64,
     dir: PathBuf,
+    // Dropped after QEMU has ended.
+    _turn: Turn,
 }
 
 /// QEMU's command line.
@@ -121,6 +180,7 @@ fn make_disk(path: &Path) -> Result<()> {
 impl Machine {
     /// Boots and waits until dom0 takes commands.
     pub fn boot(base: &Base, parts: Parts<'_>, options: &Options) -> Result<Self> {
+        let turn = Turn::wait()?;
         make_dir(&options.dir)?;
         write(options.dir.join("dom0.img"), initramfs::dom0(base, parts, options.shell)?)?;
         make_disk(&options.dir.join("nvme.img"))?;
@@ -137,7 +197,7 @@ impl Machine {
         let (expect, wanted) = mpsc::channel();
         let (sender, replies) = mpsc::channel();
         thread::spawn(move || listen(out, &wanted, &sender));
-        let machine = Self { child, commands, expect, replies, seq: 0, dir: options.dir.clone() };
+        let machine = Self { child, commands, expect, replies, seq: 0, dir: options.dir.clone(), _turn: turn };
         match machine.replies.recv_timeout(Duration::from_secs(180)) {
             Ok(Ok(_)) => Ok(machine),
             _ => Err(fail!(
@@ -269,4 +329,22 @@ pub fn pattern_sum(seed: u64, count_mib: u64) -> String {
         sum.add(&buffer);
     }
     format!("{:016x}", sum.value())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_rig_waits_until_the_first_has_ended() {
+        let path = std::env::temp_dir().join(format!("pciback-stubdom-rig-test.{}.lock", std::process::id()));
+        let first = Turn::wait_for(&path).unwrap();
+        let (sender, second) = mpsc::channel();
+        let other = path.clone();
+        thread::spawn(move || sender.send(Turn::wait_for(&other).is_ok()));
+        assert!(second.recv_timeout(Duration::from_millis(300)).is_err());
+        drop(first);
+        assert_eq!(second.recv_timeout(Duration::from_secs(20)), Ok(true));
+        std::fs::remove_file(path).unwrap();
+    }
 }

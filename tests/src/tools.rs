@@ -155,10 +155,11 @@ pub fn on_path(name: &str) -> bool {
 }
 
 /// Programs and files the rig needs on the host, and the Debian package each is in.
-const NEEDED: [(&str, &str); 8] = [
+const NEEDED: [(&str, &str); 9] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("busybox", "busybox-static"),
     ("setpriv", "util-linux"),
+    ("flock", "util-linux"),
     ("xz", "xz-utils"),
     ("gzip", "gzip"),
     ("objdump", "binutils"),
