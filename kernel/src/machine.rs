@@ -30,6 +30,9 @@ use crate::{fatal, logger};
 const WINDOW_FRAMES: u64 = 512;
 const WINDOW_BYTES: u64 = WINDOW_FRAMES * PAGE_SIZE;
 
+/// Looks at the pending bits between two looks at the clock.
+const LOOKS: u32 = 64;
+
 /// Event channels that are no frontend's.
 const OWN_PORTS: usize = 2;
 
@@ -90,6 +93,23 @@ impl Machine {
     /// Consumes the pending bit of `port`.
     pub fn take_pending(&self, port: Port) -> bool {
         self.pending.take(port)
+    }
+
+    /// Looks at the pending bits of `ports` for at most `window` nanoseconds; true if one is set.
+    pub fn look(&self, ports: &[Port], window: Nanos) -> bool {
+        let end = self.now().saturating_add(window);
+        loop {
+            // Reading the clock may leave the domain, on hosts whose time stamp counter is emulated.
+            for _ in 0..LOOKS {
+                if ports.iter().any(|port| self.pending.is_set(*port)) {
+                    return true;
+                }
+                core::hint::spin_loop();
+            }
+            if self.now() >= end {
+                return false;
+            }
+        }
     }
 
     /// The event channels that are no frontend's: xenstore and console.

@@ -23,15 +23,21 @@ impl Pending {
         Pending(shared)
     }
 
+    /// Whether the pending bit of `port` is set; it stays as it is.
+    pub fn is_set(self, port: u32) -> bool {
+        let word = shared_info::EVTCHN_PENDING + (port / 64) as usize * 8;
+        port < shared_info::PORTS && self.0.atomic64(word).load(Ordering::Acquire) & (1 << (port % 64)) != 0
+    }
+
     /// Consumes the pending bit of `port`; true if it was set.
     pub fn take(self, port: u32) -> bool {
-        if port >= shared_info::PORTS {
+        // A plain load first: most ports of a wake-up are not pending.
+        if !self.is_set(port) {
             return false;
         }
         let word = self.0.atomic64(shared_info::EVTCHN_PENDING + (port / 64) as usize * 8);
         let bit = 1 << (port % 64);
-        // A plain load first: most ports of a wake-up are not pending.
-        word.load(Ordering::Acquire) & bit != 0 && word.fetch_and(!bit, Ordering::AcqRel) & bit != 0
+        word.fetch_and(!bit, Ordering::AcqRel) & bit != 0
     }
 }
 
@@ -91,6 +97,7 @@ mod tests {
         assert_eq!(shared.read::<u64>(2560 + 63 * 8), u64::MAX);
         shared.write(2048 + 8, 1u64 << 3);
         assert!(!pending.take(66));
+        assert!(pending.is_set(67) && !pending.is_set(66) && !pending.is_set(4096));
         assert!(pending.take(67));
         assert!(!pending.take(67));
         assert!(!pending.take(4096));

@@ -13,6 +13,7 @@ pub mod console;
 pub mod errno;
 pub mod evtchn;
 pub mod grant;
+pub mod halt_poll;
 pub mod hypercall;
 pub mod memory;
 pub mod page;
