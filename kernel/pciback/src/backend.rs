@@ -9,13 +9,18 @@ use crate::cmdline::{Complaint, Config, Mode};
 use crate::device::{Device, State};
 use crate::frontend::{Context, Frontend, Verdict};
 use crate::nodes::{self, BACKEND, Link, PUBLISHED};
-use crate::platform::{Nanos, Platform, Port, Store};
+use crate::platform::{Nanos, Platform, Port, Store, StoreError};
 
 /// Token of the watch on all backend folders.
 const TOKEN: &str = "backend";
 
 /// Frontends at the most: a bound for memory, above what the event loop can wait for.
 const MAX_FRONTENDS: usize = 256;
+
+/// How long after xenstore failed everything is looked at again: 1 second.
+const PAUSE: Nanos = 1_000_000_000;
+/// The pause doubles with each failure in a row, this many times: 64 seconds.
+const LONGEST_PAUSE: u32 = 6;
 
 /// The backend over a machine.
 pub struct Backend<P: Platform> {
@@ -25,6 +30,12 @@ pub struct Backend<P: Platform> {
     devices: Vec<Device<P::Config>>,
     published: Vec<Option<State>>,
     frontends: BTreeMap<Link, Frontend<P>>,
+    watching: bool,
+    /// When to look at everything again because xenstore failed; nothing else would bring it back.
+    retry: Option<Nanos>,
+    failures: u32,
+    /// All that is published of the domain itself is.
+    introduced: bool,
 }
 
 impl<P: Platform> Backend<P> {
@@ -36,7 +47,18 @@ impl<P: Platform> Backend<P> {
         };
         let devices: Vec<_> = config.devices.into_iter().map(seize).collect();
         let published = devices.iter().map(|_| None).collect();
-        Backend { platform, mode: config.mode, complaints, devices, published, frontends: BTreeMap::new() }
+        Backend {
+            platform,
+            mode: config.mode,
+            complaints,
+            devices,
+            published,
+            frontends: BTreeMap::new(),
+            watching: false,
+            retry: None,
+            failures: 0,
+            introduced: false,
+        }
     }
 
     /// The machine.
@@ -63,18 +85,24 @@ impl<P: Platform> Backend<P> {
         for device in &self.devices {
             announce(device);
         }
+        self.publish_devices();
+        self.watch();
+        self.introduce();
+    }
+
+    /// Publishes what there is to say of the domain. The state comes last: who waits for it finds the rest.
+    fn introduce(&mut self) {
+        let (mode, why) = mode(self.mode);
         let complaints = self.complaints.len().to_string();
-        for (node, value) in [
+        self.introduced = [
             ("version", env!("CARGO_PKG_VERSION")),
             ("mode", mode),
             ("mode-why", why),
             ("complaints", complaints.as_str()),
-        ] {
-            self.publish(&format!("{PUBLISHED}/{node}"), value);
-        }
-        self.publish_devices();
-        self.watch();
-        self.publish(&format!("{PUBLISHED}/state"), "ready");
+            ("state", "ready"),
+        ]
+        .into_iter()
+        .all(|(node, value)| self.publish(&format!("{PUBLISHED}/{node}"), value));
     }
 
     /// A xenstore watch fired.
@@ -101,8 +129,25 @@ impl<P: Platform> Backend<P> {
     /// Serves every frontend whose event channel is pending or that had requests left, one turn each.
     /// `take` consumes a port's pending bit. True if any was served.
     pub fn serve(&mut self, take: impl Fn(&P, Port) -> bool) -> bool {
-        let Backend { platform, devices, frontends, .. } = self;
         let mut busy = false;
+        if let Some(due) = self.retry
+            && self.platform.now() >= due
+        {
+            self.retry = None;
+            busy = true;
+            if !self.watching {
+                self.watch();
+            }
+            self.scan();
+            self.publish_devices();
+            if !self.introduced {
+                self.introduce();
+            }
+            if self.retry.is_none() {
+                self.failures = 0;
+            }
+        }
+        let Backend { platform, devices, frontends, .. } = self;
         for frontend in frontends.values_mut() {
             if let Some(port) = frontend.port()
                 && (take(platform, port) | frontend.has_more())
@@ -119,9 +164,9 @@ impl<P: Platform> Backend<P> {
         self.frontends.values().filter_map(Frontend::port)
     }
 
-    /// When to call again without an event. Never, in this version.
+    /// When to call [`Backend::serve`] again without an event: only after xenstore failed.
     pub fn next_deadline(&self) -> Option<Nanos> {
-        None
+        self.retry
     }
 
     /// The xenstore connection was made anew: watches are gone, and anything may have happened.
@@ -129,12 +174,14 @@ impl<P: Platform> Backend<P> {
         for frontend in self.frontends.values_mut() {
             frontend.forget_watch();
         }
+        self.watching = false;
         self.watch();
         self.scan();
         for published in &mut self.published {
             *published = None;
         }
         self.publish_devices();
+        self.introduce();
     }
 
     /// Closes every frontend: the domain ends.
@@ -150,35 +197,65 @@ impl<P: Platform> Backend<P> {
     /// Looks at every frontend that is known or listed.
     fn scan(&mut self) {
         let mut links: Vec<Link> = self.frontends.keys().copied().collect();
-        let store = self.platform.store();
-        for frontend in store.list(None, BACKEND).unwrap_or_default() {
-            for devid in store.list(None, &format!("{BACKEND}/{frontend}")).unwrap_or_default() {
+        for frontend in self.children(BACKEND) {
+            for devid in self.children(&format!("{BACKEND}/{frontend}")) {
                 links.extend(Link::parse(&frontend, &devid));
             }
         }
         links.sort_unstable();
         links.dedup();
         for link in links {
-            self.reconcile(link);
+            if self.reconcile(link) == Verdict::Failed(StoreError::Timeout) {
+                // The others would wait for it as long, and connected guests with them.
+                break;
+            }
         }
     }
 
-    fn reconcile(&mut self, link: Link) {
+    fn children(&mut self, path: &str) -> Vec<String> {
+        match self.platform.store().list(None, path) {
+            Ok(children) => children,
+            Err(StoreError::NotFound) => Vec::new(),
+            Err(_) => {
+                self.failed();
+                Vec::new()
+            }
+        }
+    }
+
+    /// xenstore failed: all is looked at again later. While xenstored does not answer, a try keeps connected
+    /// guests waiting, so the pauses grow.
+    fn failed(&mut self) {
+        if self.retry.is_none() {
+            self.retry = Some(self.platform.now().saturating_add(PAUSE << self.failures.min(LONGEST_PAUSE)));
+            self.failures = self.failures.saturating_add(1);
+        }
+    }
+
+    fn reconcile(&mut self, link: Link) -> Verdict {
         if !self.frontends.contains_key(&link) && self.frontends.len() >= MAX_FRONTENDS {
             log::error!("domain {}: not served: {MAX_FRONTENDS} frontends are the most", link.frontend);
-            return;
+            return Verdict::Keep;
         }
         let Backend { platform, devices, frontends, .. } = self;
         let frontend = frontends.entry(link).or_insert_with(|| Frontend::new(link));
-        if frontend.reconcile(&mut Context { platform, devices }) == Verdict::Gone {
-            frontends.remove(&link);
+        let verdict = frontend.reconcile(&mut Context { platform, devices });
+        match verdict {
+            Verdict::Keep => {}
+            Verdict::Gone => drop(frontends.remove(&link)),
+            Verdict::Failed(_) => self.failed(),
         }
         self.publish_devices();
+        verdict
     }
 
     fn watch(&mut self) {
-        if let Err(error) = self.platform.store().watch(BACKEND, TOKEN) {
-            log::error!("cannot watch {BACKEND}: {error}: no guest will be served");
+        match self.platform.store().watch(BACKEND, TOKEN) {
+            Ok(()) => self.watching = true,
+            Err(error) => {
+                log::error!("cannot watch {BACKEND}: {error}: no new guest will be served until it works");
+                self.failed();
+            }
         }
     }
 
@@ -211,18 +288,31 @@ impl<P: Platform> Backend<P> {
             let changing = [("frontend", frontend), ("reason", reason), ("state", Some(word))];
             for (node, value) in nodes.into_iter().map(|(node, value)| (node, Some(value))).chain(changing) {
                 let path = nodes::published(sbdf, node);
-                match value {
+                let done = match value {
                     Some(value) => self.publish(&path, &value),
                     // Usually there is none.
-                    None => drop(self.platform.store().remove(None, &path)),
+                    None => self.platform.store().remove(None, &path) != Err(StoreError::Timeout),
+                };
+                if !done {
+                    if let Some(published) = self.published.get_mut(index) {
+                        *published = None;
+                    }
+                    self.failed();
+                    return;
                 }
             }
         }
     }
 
-    fn publish(&mut self, path: &str, value: &str) {
-        if let Err(error) = self.platform.store().write(None, path, value) {
-            log::warn!("cannot publish {path}: {error}");
+    /// True if it is published; if not, it is tried again later.
+    fn publish(&mut self, path: &str, value: &str) -> bool {
+        match self.platform.store().write(None, path, value) {
+            Ok(()) => true,
+            Err(error) => {
+                log::warn!("cannot publish {path}: {error}");
+                self.failed();
+                false
+            }
         }
     }
 }

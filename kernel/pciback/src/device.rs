@@ -110,11 +110,13 @@ impl<C: ConfigSpace> Device<C> {
 
     /// Takes the function from its guest: bus mastering off, nothing of the guest kept.
     pub fn detach(&mut self) {
+        // What broke under its guest stays broken, but nothing of the guest stays either.
+        if self.view.take().is_some()
+            && let Some(function) = self.function.as_mut()
+        {
+            function.config.detach(&mut function.hardware);
+        }
         if let State::InUse(_) = self.state {
-            if let Some(function) = self.function.as_mut() {
-                function.config.detach(&mut function.hardware);
-            }
-            self.view = None;
             self.state = State::Ready;
         }
     }

@@ -7,12 +7,13 @@
 
 use alloc::format;
 use alloc::string::{String, ToString};
+use alloc::vec;
 use alloc::vec::Vec;
 
 use crate::config::{GuestView, Resource};
-use crate::device::{Device, State};
+use crate::device::Device;
 use crate::nodes::{self, Link, XenbusState, decimal};
-use crate::platform::{Channel, Platform, Port, SharedPage, Store, StoreError};
+use crate::platform::{Channel, ConfigSpace, Platform, Port, SharedPage, Store, StoreError, Transaction};
 use crate::sbdf::Sbdf;
 use crate::serve::{self, Counters, Notice};
 use crate::throttle::Throttle;
@@ -48,6 +49,41 @@ pub enum Verdict {
     Keep,
     /// It, or its guest, is gone.
     Gone,
+    /// xenstore failed on the way: the step has to be tried again.
+    Failed(StoreError),
+}
+
+/// One function of the toolstack's list.
+struct Listed {
+    index: u32,
+    /// Text of `dev-N`.
+    name: Option<String>,
+    /// Text of `state-N`.
+    state: XenbusState,
+    /// What else is said of it; only read of a function that is not exported yet.
+    terms: Terms,
+}
+
+impl Listed {
+    fn sbdf(&self) -> Option<Sbdf> {
+        self.name.as_deref()?.parse().ok()
+    }
+}
+
+/// The conditions under which a function is exported, as the nodes have them.
+#[derive(Default)]
+struct Terms {
+    guest: Option<String>,
+    irq: Option<String>,
+    id: Option<String>,
+    resources: Option<String>,
+    options: Option<String>,
+}
+
+/// What is to be written of one function of the list: nodes without their number, `None` to remove one.
+struct Told<'a> {
+    function: &'a Listed,
+    nodes: Vec<(&'static str, Option<String>)>,
 }
 
 /// One guest's connection.
@@ -147,15 +183,20 @@ impl<P: Platform> Frontend<P> {
             Ok(None) => {
                 self.release_all(cx);
                 self.unwatch(cx);
+                let _ = self.remove_folders(cx, &[self.link.error_folder()]);
                 return Verdict::Gone;
             }
             Err(error) => return self.postpone(cx, error),
         };
-        if let Err(why) = self.check_link(cx) {
-            if own != XenbusState::Closed {
-                self.fault(cx, &why);
+        match self.check_link(cx) {
+            Ok(Ok(())) => {}
+            Ok(Err(why)) => {
+                if own != XenbusState::Closed {
+                    self.fault(cx, &why);
+                }
+                return Verdict::Keep;
             }
-            return Verdict::Keep;
+            Err(error) => return self.postpone(cx, error),
         }
         if !self.watching {
             match cx.platform.store().watch(&self.link.front("state"), &self.link.token()) {
@@ -169,7 +210,9 @@ impl<P: Platform> Frontend<P> {
                 log::info!("domain {}: its frontend is gone", self.link.frontend);
                 self.release_all(cx);
                 self.unwatch(cx);
-                self.remove_folder(cx);
+                if let Err(error) = self.remove_folders(cx, &[self.link.back_folder(), self.link.error_folder()]) {
+                    return self.postpone(cx, error);
+                }
                 return Verdict::Gone;
             }
             Err(error) => return self.postpone(cx, error),
@@ -187,6 +230,7 @@ impl<P: Platform> Frontend<P> {
         let connected = self.connection.is_some();
         match (own, peer) {
             (S::Unknown | S::Initialising | S::InitWait, _) => {
+                self.disconnect(cx);
                 self.set_state(cx, S::InitWait)?;
                 self.open(cx, peer)
             }
@@ -202,24 +246,31 @@ impl<P: Platform> Frontend<P> {
                 self.set_state(cx, S::Closed)?;
                 self.reopen(cx, peer)
             }
-            (S::Closing, S::Closing) => Ok(()),
+            (S::Closing, S::Closing) => self.sync(cx, false),
             (S::Closing | S::Closed, _) => self.reopen(cx, peer),
-            // It starts anew without having closed.
-            (S::Connected | S::Reconfiguring | S::Reconfigured, S::Initialised) if connected => {
-                let ring = self.ring(cx).ok();
+            // It starts anew without having closed; or it waits for a Connected that could not be written.
+            (S::Initialised | S::Connected | S::Reconfiguring | S::Reconfigured, S::Initialised) if connected => {
+                let ring = self.ring(cx)?.ok();
                 if ring.is_some() && ring != self.connection.as_ref().map(|connection| connection.ring) {
                     self.disconnect(cx);
                     self.set_state(cx, S::Initialised)?;
-                    self.open(cx, peer)?;
+                    self.open(cx, peer)
+                } else if own == S::Initialised {
+                    self.set_state(cx, S::Connected)
+                } else {
+                    Ok(())
                 }
-                Ok(())
+            }
+            (S::Initialised, _) if connected => {
+                self.disconnect(cx);
+                self.open(cx, peer)
             }
             // Not connected yet: the set of functions changes without the frontend.
             (S::Initialised | S::Connected | S::Reconfiguring | S::Reconfigured, _) if !connected => {
                 self.open(cx, peer)
             }
             (S::Connected | S::Reconfiguring, S::Reconfiguring) => {
-                self.sync(cx)?;
+                self.sync(cx, true)?;
                 self.set_state(cx, S::Reconfigured)
             }
             (S::Reconfigured, S::Connected) => self.set_state(cx, S::Connected),
@@ -229,7 +280,7 @@ impl<P: Platform> Frontend<P> {
 
     /// Exports what is listed, goes to Initialised, and connects if the frontend is ready.
     fn open(&mut self, cx: &mut Context<'_, P>, peer: XenbusState) -> Result<(), StoreError> {
-        self.sync(cx)?;
+        self.sync(cx, true)?;
         self.set_state(cx, XenbusState::Initialised)?;
         if peer == XenbusState::Initialised { self.connect(cx) } else { Ok(()) }
     }
@@ -238,11 +289,11 @@ impl<P: Platform> Frontend<P> {
     fn reopen(&mut self, cx: &mut Context<'_, P>, peer: XenbusState) -> Result<(), StoreError> {
         if peer == XenbusState::Initialised && self.faulted {
             // It is not tried again as it is, but its list of functions is still the toolstack's to change.
-            return self.sync(cx);
+            return self.sync(cx, true);
         }
-        let online = cx.platform.store().read(None, &self.link.back("online"));
-        if !online.is_ok_and(|online| online != "0") {
-            return Ok(());
+        let online = nodes::read_optional(cx.platform.store(), None, &self.link.back("online"))?;
+        if online.is_none_or(|online| online == "0") {
+            return self.sync(cx, false);
         }
         self.faulted = false;
         self.set_state(cx, XenbusState::InitWait)?;
@@ -250,42 +301,79 @@ impl<P: Platform> Frontend<P> {
     }
 
     /// The toolstack's two nodes must say what the path says: nothing else is ever followed.
-    fn check_link(&self, cx: &mut Context<'_, P>) -> Result<(), String> {
+    fn check_link(&self, cx: &mut Context<'_, P>) -> Result<Result<(), String>, StoreError> {
         let store = cx.platform.store();
-        let frontend = store.read(None, &self.link.back("frontend"));
-        let id = store.read(None, &self.link.back("frontend-id"));
-        match (frontend, id) {
-            (Err(StoreError::Timeout), _) | (_, Err(StoreError::Timeout)) => Ok(()),
-            (Ok(path), Ok(id))
-                if path == self.link.front_folder() && decimal(&id) == Some(u32::from(self.link.frontend)) =>
-            {
-                Ok(())
-            }
-            _ => Err(format!(
-                "frontend and frontend-id must name {} and {}: attach with xl-pciback",
-                self.link.front_folder(),
-                self.link.frontend
-            )),
+        let path = nodes::read_optional(store, None, &self.link.back("frontend"))?;
+        let id = nodes::read_optional(store, None, &self.link.back("frontend-id"))?;
+        let (folder, frontend) = (self.link.front_folder(), self.link.frontend);
+        if path.as_ref() == Some(&folder) && id.as_deref().and_then(decimal) == Some(u32::from(frontend)) {
+            return Ok(Ok(()));
         }
+        Ok(Err(format!("frontend and frontend-id must name {folder} and {frontend}: attach with xl-pciback")))
     }
 
-    /// Brings the exported functions in line with the toolstack's list.
-    fn sync(&mut self, cx: &mut Context<'_, P>) -> Result<(), StoreError> {
-        for index in 0..self.num_devs(cx)? {
-            let state = nodes::read_state(cx.platform.store(), &self.link.back(&format!("state-{index}")))?;
-            match state.unwrap_or(XenbusState::Initialising) {
-                XenbusState::Initialising | XenbusState::Initialised => self.export(cx, index)?,
-                XenbusState::Closing => {
-                    if let Some(device) = self.listed(cx, index)? {
-                        self.release(cx, device);
+    /// Brings the exported functions in line with the toolstack's list; without `export`, only what is to go
+    /// goes.
+    fn sync(&mut self, cx: &mut Context<'_, P>, export: bool) -> Result<(), StoreError> {
+        for _ in 0..nodes::TRIES {
+            let list = self.list(cx)?.unwrap_or_default();
+            let mut told = Vec::new();
+            for (place, function) in list.iter().enumerate() {
+                let nodes = match function.state {
+                    XenbusState::Initialising | XenbusState::Initialised if export => {
+                        let before = list.get(..place).unwrap_or_default();
+                        self.export(cx, function, before)
                     }
-                    self.write(cx, &format!("state-{index}"), XenbusState::Closed.text())?;
+                    XenbusState::Closing => {
+                        if let Some(device) = position(cx.devices, function.sbdf()) {
+                            self.release(cx, device);
+                        }
+                        vec![("state", Some(XenbusState::Closed.text().to_string()))]
+                    }
+                    _ => continue,
+                };
+                if !nodes.is_empty() {
+                    told.push(Told { function, nodes });
                 }
-                _ => {}
+            }
+            if self.tell(cx, &told, export)? {
+                return Ok(());
             }
         }
-        self.write(cx, "root-0", "0000:00")?;
-        self.write(cx, "root_num", "1")
+        Err(StoreError::Again)
+    }
+
+    /// Writes what is to be said of the list's functions. False if the list is another one by now: what is
+    /// said of one function must not land on another that has got its number.
+    fn tell(&self, cx: &mut Context<'_, P>, told: &[Told<'_>], roots: bool) -> Result<bool, StoreError> {
+        if told.is_empty() && !roots {
+            return Ok(true);
+        }
+        let link = self.link;
+        let written = self.change(cx, |store, tx| {
+            for Told { function, nodes } in told {
+                let index = function.index;
+                if nodes::read_optional(store, Some(tx), &link.back(&format!("dev-{index}")))? != function.name {
+                    return Ok(false);
+                }
+                for (node, value) in nodes {
+                    let path = link.back(&format!("{node}-{index}"));
+                    match value {
+                        Some(value) => store.write(Some(tx), &path, value)?,
+                        None => match store.remove(Some(tx), &path) {
+                            Ok(()) | Err(StoreError::NotFound) => {}
+                            Err(error) => return Err(error),
+                        },
+                    }
+                }
+            }
+            if roots {
+                store.write(Some(tx), &link.back("root-0"), "0000:00")?;
+                store.write(Some(tx), &link.back("root_num"), "1")?;
+            }
+            Ok(true)
+        })?;
+        Ok(written.unwrap_or(true))
     }
 
     /// Releases what the toolstack no longer lists.
@@ -294,10 +382,8 @@ impl<P: Platform> Frontend<P> {
         if exported.is_empty() {
             return Ok(());
         }
-        let mut listed = Vec::new();
-        for index in 0..self.num_devs(cx)? {
-            listed.extend(self.listed(cx, index)?);
-        }
+        let Some(list) = self.list(cx)? else { return Ok(()) };
+        let listed: Vec<_> = list.iter().filter_map(|function| position(cx.devices, function.sbdf())).collect();
         for device in exported {
             if !listed.contains(&device) {
                 self.release(cx, device);
@@ -306,67 +392,85 @@ impl<P: Platform> Frontend<P> {
         Ok(())
     }
 
-    fn num_devs(&mut self, cx: &mut Context<'_, P>) -> Result<u32, StoreError> {
-        let text = match cx.platform.store().read(None, &self.link.back("num_devs")) {
-            Err(StoreError::NotFound) => String::new(),
-            other => other?,
-        };
-        match decimal(&text).filter(|count| *count <= MAX_FUNCTIONS) {
-            Some(count) => Ok(count),
-            None => {
-                self.report(cx, &format!("num_devs is {text:?}, not a number up to {MAX_FUNCTIONS}"));
-                Ok(0)
+    /// The toolstack's list as it is at one moment: it renumbers its entries when one leaves, and half of the
+    /// old list with half of the new would miss one. `None` if it can't be made out.
+    fn list(&mut self, cx: &mut Context<'_, P>) -> Result<Option<Vec<Listed>>, StoreError> {
+        let (link, topology) = (self.link, &self.topology);
+        let Context { platform, devices } = cx;
+        let list = nodes::transact(platform.store(), |store, tx| {
+            let mut node = |name: &str| nodes::read_optional(store, Some(tx), &link.back(name));
+            let count = node("num_devs")?.unwrap_or_default();
+            let Some(number) = decimal(&count).filter(|number| *number <= MAX_FUNCTIONS) else {
+                return Ok(Err(count));
+            };
+            let mut list = Vec::new();
+            for index in 0..number {
+                let name = node(&format!("dev-{index}"))?;
+                let state = node(&format!("state-{index}"))?;
+                let state = state.map_or(XenbusState::Initialising, |text| XenbusState::parse(&text));
+                let mut function = Listed { index, name, state, terms: Terms::default() };
+                let exported = position(devices, function.sbdf()).and_then(|device| topology.devfn_of(device));
+                let wanted = matches!(state, XenbusState::Initialising | XenbusState::Initialised);
+                if wanted && exported.is_none() {
+                    function.terms = Terms {
+                        guest: node("domain")?,
+                        irq: node(&format!("irq-{index}"))?,
+                        id: node(&format!("id-{index}"))?,
+                        resources: node(&format!("resource-{index}"))?,
+                        options: node(&format!("opts-{index}"))?,
+                    };
+                }
+                list.push(function);
+            }
+            Ok(Ok(list))
+        })?;
+        match list {
+            Ok(list) => Ok(Some(list)),
+            Err(count) => {
+                self.report(cx, &format!("num_devs is {count:?}, not a number up to {MAX_FUNCTIONS}"));
+                Ok(None)
             }
         }
     }
 
-    /// The function that `dev-N` names, if it is one of ours.
-    fn listed(&self, cx: &mut Context<'_, P>, index: u32) -> Result<Option<DeviceIndex>, StoreError> {
-        let text = match cx.platform.store().read(None, &self.link.back(&format!("dev-{index}"))) {
-            Err(StoreError::NotFound) => return Ok(None),
-            other => other?,
+    /// Exports one function of the list, and returns what is to be said of it. What is wrong with it is that
+    /// function's alone. `before` are the entries above it.
+    fn export(
+        &mut self,
+        cx: &mut Context<'_, P>,
+        function: &Listed,
+        before: &[Listed],
+    ) -> Vec<(&'static str, Option<String>)> {
+        let exported = position(cx.devices, function.sbdf()).and_then(|device| self.topology.devfn_of(device));
+        let twice = function.sbdf().is_some() && before.iter().any(|other| other.sbdf() == function.sbdf());
+        let outcome = match exported {
+            _ if twice => Err(format!("{} is listed twice", function.name.as_deref().unwrap_or_default())),
+            // Both nodes are written together, so the address stands there too.
+            Some(_) if function.state == XenbusState::Initialised => return Vec::new(),
+            Some(devfn) => Ok(devfn),
+            None => self.try_export(cx, function),
         };
-        let sbdf: Option<Sbdf> = text.parse().ok();
-        Ok(cx.devices.iter().position(|device| Some(device.entry.sbdf) == sbdf))
-    }
-
-    /// Exports function number `index` of the list. What is wrong with it is that function's alone.
-    fn export(&mut self, cx: &mut Context<'_, P>, index: u32) -> Result<(), StoreError> {
-        match self.try_export(cx, index) {
-            Ok(None) => Ok(()),
-            Ok(Some(devfn)) => {
-                self.write(cx, &format!("vdev-{index}"), &nodes::vdev(devfn))?;
-                self.write(cx, &format!("state-{index}"), XenbusState::Initialised.text())
-            }
+        match outcome {
+            Ok(devfn) => vec![
+                ("error", None),
+                ("vdev", Some(nodes::vdev(devfn))),
+                ("state", Some(XenbusState::Initialised.text().to_string())),
+            ],
             Err(why) => {
-                log::error!("domain {}: function {index} of its list is not exported: {why}", self.link.frontend);
-                self.write(cx, &format!("error-{index}"), &why)?;
-                self.write(cx, &format!("state-{index}"), XenbusState::Closed.text())
+                let (guest, index) = (self.link.frontend, function.index);
+                log::error!("domain {guest}: function {index} of its list is not exported: {why}");
+                vec![("error", Some(why)), ("state", Some(XenbusState::Closed.text().to_string()))]
             }
         }
     }
 
-    /// The new virtual devfn, or `None` if the function is exported already.
-    fn try_export(&mut self, cx: &mut Context<'_, P>, index: u32) -> Result<Option<u8>, String> {
-        let link = self.link;
-        let store = cx.platform.store();
-        let mut node = |name: &str| store.read(None, &link.back(name)).ok();
-        let name = node(&format!("dev-{index}")).ok_or_else(|| format!("dev-{index} is missing"))?;
+    /// Exports a function that is not exported yet, and returns its virtual devfn.
+    fn try_export(&mut self, cx: &mut Context<'_, P>, function: &Listed) -> Result<u8, String> {
+        let Listed { index, name, terms, .. } = function;
+        let name = name.as_deref().ok_or_else(|| format!("dev-{index} is missing"))?;
         let sbdf: Sbdf = name.parse().map_err(|bad| format!("dev-{index} is {name:?}: {bad}"))?;
-        let guest = node("domain");
-        let irq = node(&format!("irq-{index}"));
-        let id = node(&format!("id-{index}"));
-        let resources = node(&format!("resource-{index}"));
-        let options = node(&format!("opts-{index}")).unwrap_or_default();
-
-        let entry = |device: &Device<P::Config>| device.entry.sbdf == sbdf;
-        let position =
-            cx.devices.iter().position(entry).ok_or_else(|| {
-                format!("{sbdf} is not this driver domain's: add it to iomem= and dev= of its xl config")
-            })?;
-        if self.topology.devfn_of(position).is_some() {
-            return Ok(None);
-        }
+        let position = position(cx.devices, Some(sbdf))
+            .ok_or_else(|| format!("{sbdf} is not this driver domain's: add it to iomem= and dev= of its xl config"))?;
         let function_0_follows = sbdf.function() == 0 || {
             let zero = Sbdf::new(sbdf.segment(), sbdf.bus(), sbdf.devfn() & !7);
             let wanted = cx.devices.get(position).and_then(|device| device.entry.guest.clone());
@@ -376,40 +480,39 @@ impl<P: Platform> Frontend<P> {
         };
         let device = cx.devices.get_mut(position).ok_or("it is gone")?;
         if let Some(wanted) = &device.entry.guest
-            && guest.as_ref() != Some(wanted)
+            && terms.guest.as_ref() != Some(wanted)
         {
-            let guest = guest.unwrap_or_default();
+            let guest = terms.guest.as_deref().unwrap_or_default();
             return Err(format!("{sbdf} is for guest {wanted:?} (guest= of its dev= entry), not for {guest:?}"));
         }
-        if let (Some(id), Some((vendor, model))) = (id, device.ids())
-            && id != format!("{vendor:04x}:{model:04x}")
+        if let (Some(id), Some((vendor, model))) = (&terms.id, device.ids())
+            && *id != format!("{vendor:04x}:{model:04x}")
         {
             return Err(format!("{sbdf} is {vendor:04x}:{model:04x}, but id-{index} says {id}: another card?"));
         }
-        let pirq = match irq.as_deref().map(decimal) {
+        let pirq = match terms.irq.as_deref().map(decimal) {
             None => 0,
             Some(Some(irq)) if irq < 255 => irq as u8,
             Some(_) => return Err(format!("irq-{index} is not a number below 255")),
         };
-        let resources = resources
+        let resources = terms
+            .resources
             .as_deref()
             .and_then(Resource::parse_list)
             .ok_or_else(|| format!("resource-{index} is missing or malformed: attach with xl-pciback"))?;
+        let options = terms.options.as_deref().unwrap_or_default();
         let permissive = device.entry.permissive || options.split(',').any(|option| option == "permissive=1");
         let slot = device.entry.slot;
-        device.attach(link.frontend, GuestView { pirq, resources, permissive, multifunction: false })?;
+        let guest = self.link.frontend;
+        device.attach(guest, GuestView { pirq, resources, permissive, multifunction: false })?;
         let Ok(devfn) = self.topology.add(position, sbdf, slot, function_0_follows) else {
             device.detach();
             return Err("the guest's virtual bus is full".to_string());
         };
         self.refresh_multifunction(cx);
-        log::info!(
-            "{sbdf}: exported to domain {} as {}{}, pirq {pirq}",
-            link.frontend,
-            nodes::vdev(devfn),
-            if permissive { ", permissive" } else { "" }
-        );
-        Ok(Some(devfn))
+        let permissive = if permissive { ", permissive" } else { "" };
+        log::info!("{sbdf}: exported to domain {guest} as {}{permissive}, pirq {pirq}", nodes::vdev(devfn));
+        Ok(devfn)
     }
 
     /// The multifunction bit is the truth about the virtual slot, not about the physical one.
@@ -428,7 +531,6 @@ impl<P: Platform> Frontend<P> {
         }
         self.topology.remove(index);
         if let Some(device) = cx.devices.get_mut(index) {
-            debug_assert_eq!(device.state, State::InUse(self.link.frontend));
             device.detach();
             let Counters { reads, writes, refused_writes, errors } = self.counters;
             log::info!(
@@ -452,15 +554,15 @@ impl<P: Platform> Frontend<P> {
 
     /// Connects to a frontend that says it is ready.
     fn connect(&mut self, cx: &mut Context<'_, P>) -> Result<(), StoreError> {
-        let magic = cx.platform.store().read(None, &self.link.front("magic"));
-        if magic == Err(StoreError::Timeout) {
-            return Err(StoreError::Timeout);
-        }
+        let magic = match cx.platform.store().read(None, &self.link.front("magic")) {
+            Err(StoreError::Timeout) => return Err(StoreError::Timeout),
+            other => other,
+        };
         if magic.as_deref() != Ok(MAGIC) {
             self.fault(cx, &format!("its magic is not {MAGIC:?}: this backend speaks no other version of pciif"));
             return Ok(());
         }
-        let ring = match self.ring(cx) {
+        let ring = match self.ring(cx)? {
             Ok(ring) => ring,
             Err(why) => {
                 self.fault(cx, &why);
@@ -479,21 +581,24 @@ impl<P: Platform> Frontend<P> {
                 self.set_state(cx, XenbusState::Connected)?;
                 // What stood there has been mended; a node that never was is no error.
                 let _ = cx.platform.store().remove(None, &self.link.back("error"));
-                log::info!("domain {frontend}: connected");
+                if let Some(dropped) = self.throttle.allow(cx.platform.now()) {
+                    log::info!("domain {frontend}: connected{}", Suppressed(dropped));
+                }
             }
             Err(why) => self.fault(cx, &format!("its page or event channel cannot be used: {why}")),
         }
         Ok(())
     }
 
-    /// Grant reference and port that the frontend published.
-    fn ring(&self, cx: &mut Context<'_, P>) -> Result<(u32, u32), String> {
-        let mut number = |name: &str| {
-            let text =
-                cx.platform.store().read(None, &self.link.front(name)).map_err(|error| format!("{name}: {error}"))?;
-            decimal(&text).ok_or_else(|| format!("{name} is not a number"))
+    /// Grant reference and port that the frontend published, or what is wrong with them.
+    fn ring(&self, cx: &mut Context<'_, P>) -> Result<Result<(u32, u32), String>, StoreError> {
+        let mut number = |name: &str| match cx.platform.store().read(None, &self.link.front(name)) {
+            Err(StoreError::Timeout) => Err(StoreError::Timeout),
+            Err(error) => Ok(Err(format!("{name}: {error}"))),
+            Ok(text) => Ok(decimal(&text).ok_or_else(|| format!("{name} is not a number"))),
         };
-        Ok((number("pci-op-ref")?, number("event-channel")?))
+        let (page, port) = (number("pci-op-ref")?, number("event-channel")?);
+        Ok(page.and_then(|page| Ok((page, port?))))
     }
 
     /// Drops page and channel; every function of the guest starts afresh for the next connection.
@@ -502,7 +607,9 @@ impl<P: Platform> Frontend<P> {
             return;
         }
         self.more = false;
-        log::info!("domain {}: disconnected", self.link.frontend);
+        if let Some(dropped) = self.throttle.allow(cx.platform.now()) {
+            log::info!("domain {}: disconnected{}", self.link.frontend, Suppressed(dropped));
+        }
         for (_, index) in self.topology.entries() {
             if let Some(device) = cx.devices.get_mut(index) {
                 device.restart();
@@ -535,30 +642,39 @@ impl<P: Platform> Frontend<P> {
             log::error!("domain {}: {why}{}", self.link.frontend, Suppressed(dropped));
         }
         // The state is what counts; the sentence is help.
-        let _ = cx.platform.store().write(None, &self.link.back("error"), why);
-        let _ = cx.platform.store().write(None, &format!("error/{}/error", self.link.back_folder()), why);
+        let paths = [self.link.back("error"), format!("{}/error", self.link.error_folder())];
+        let _ = self.change(cx, |store, tx| paths.iter().try_for_each(|path| store.write(Some(tx), path, why)));
     }
 
-    /// xenstore failed: the next event of this frontend tries again.
+    /// xenstore failed: this frontend is looked at again later.
     fn postpone(&mut self, cx: &mut Context<'_, P>, error: StoreError) -> Verdict {
         if self.throttle.allow(cx.platform.now()).is_some() {
-            log::warn!("domain {}: xenstore: {error}; tried again at the next change", self.link.frontend);
+            log::warn!("domain {}: xenstore: {error}; tried again later", self.link.frontend);
         }
-        Verdict::Keep
+        Verdict::Failed(error)
     }
 
     fn set_state(&self, cx: &mut Context<'_, P>, state: XenbusState) -> Result<(), StoreError> {
-        let now = nodes::read_state(cx.platform.store(), &self.link.back("state"))?;
-        match now {
-            // The toolstack removed the folder meanwhile: writing would make it anew.
-            None => Ok(()),
-            Some(now) if now == state => Ok(()),
-            Some(_) => self.write(cx, "state", state.text()),
+        let path = self.link.back("state");
+        if nodes::read_state(cx.platform.store(), &path)? == Some(state) {
+            return Ok(());
         }
+        self.change(cx, |store, tx| store.write(Some(tx), &path, state.text())).map(drop)
     }
 
-    fn write(&self, cx: &mut Context<'_, P>, node: &str, value: &str) -> Result<(), StoreError> {
-        cx.platform.store().write(None, &self.link.back(node), value)
+    /// Writes in one transaction, if the backend's folder is still there: the toolstack may have removed it
+    /// meanwhile, and writing would make it anew. `None` if it is gone.
+    fn change<T>(
+        &self,
+        cx: &mut Context<'_, P>,
+        mut work: impl FnMut(&mut P::Store, Transaction) -> Result<T, StoreError>,
+    ) -> Result<Option<T>, StoreError> {
+        let state = self.link.back("state");
+        nodes::transact(cx.platform.store(), |store, tx| match store.read(Some(tx), &state) {
+            Err(StoreError::NotFound | StoreError::Denied) => Ok(None),
+            Err(error) => Err(error),
+            Ok(_) => work(store, tx).map(Some),
+        })
     }
 
     fn unwatch(&mut self, cx: &mut Context<'_, P>) {
@@ -573,22 +689,27 @@ impl<P: Platform> Frontend<P> {
         self.watching = false;
     }
 
-    /// Removes what is left of a guest that is gone.
-    fn remove_folder(&self, cx: &mut Context<'_, P>) {
+    /// Removes what is left of a guest that is gone, and the guest's folder around it if nothing else is in it.
+    fn remove_folders(&self, cx: &mut Context<'_, P>, folders: &[String]) -> Result<(), StoreError> {
         let store = cx.platform.store();
-        for path in [self.link.back_folder(), format!("error/{}", self.link.back_folder())] {
-            if let Err(error) = store.remove(None, &path)
-                && error != StoreError::NotFound
-            {
-                log::warn!("domain {}: {path} cannot be removed: {error}", self.link.frontend);
+        for folder in folders {
+            match store.remove(None, folder) {
+                Ok(()) | Err(StoreError::NotFound) => {}
+                Err(error) => return Err(error),
+            }
+            let Some((parent, _)) = folder.rsplit_once('/') else { continue };
+            if store.list(None, parent).is_ok_and(|children| children.is_empty()) {
+                // Only tidiness: an empty folder harms nobody.
+                let _ = store.remove(None, parent);
             }
         }
-        let parent = format!("{}/{}", nodes::BACKEND, self.link.frontend);
-        if store.list(None, &parent).is_ok_and(|children| children.is_empty()) {
-            // Only tidiness: an empty folder harms nobody.
-            let _ = store.remove(None, &parent);
-        }
+        Ok(())
     }
+}
+
+/// The function at an address, if it is one of ours.
+fn position<C: ConfigSpace>(devices: &[Device<C>], sbdf: Option<Sbdf>) -> Option<DeviceIndex> {
+    devices.iter().position(|device| Some(device.entry.sbdf) == sbdf)
 }
 
 /// The end of a log line after others were dropped.

@@ -4,7 +4,7 @@
 use alloc::format;
 use alloc::string::String;
 
-use crate::platform::{DomId, Store, StoreError};
+use crate::platform::{DomId, Store, StoreError, Transaction};
 use crate::sbdf::Sbdf;
 
 /// Below the own domain's directory: one folder a frontend domain.
@@ -88,6 +88,47 @@ pub fn read_state<S: Store>(store: &mut S, path: &str) -> Result<Option<XenbusSt
     }
 }
 
+/// Reads a node that may be missing. An error is not a missing node: who can't read a condition must not
+/// act as if there were none.
+///
+/// # Errors
+/// Any but [`StoreError::NotFound`].
+pub fn read_optional<S: Store>(
+    store: &mut S,
+    tx: Option<Transaction>,
+    path: &str,
+) -> Result<Option<String>, StoreError> {
+    match store.read(tx, path) {
+        Ok(text) => Ok(Some(text)),
+        Err(StoreError::NotFound) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Times a transaction is tried that meets others' changes.
+pub const TRIES: usize = 8;
+
+/// Does `work` in a transaction: it sees one state of xenstore, and all of its changes are made or none.
+///
+/// # Errors
+/// What `work` or xenstored answered; [`StoreError::Again`] after [`TRIES`] conflicts.
+pub fn transact<S: Store, T>(
+    store: &mut S,
+    mut work: impl FnMut(&mut S, Transaction) -> Result<T, StoreError>,
+) -> Result<T, StoreError> {
+    for _ in 0..TRIES {
+        let tx = store.begin()?;
+        let outcome = work(store, tx);
+        let ended = store.end(tx, outcome.is_ok());
+        match (outcome, ended) {
+            (Err(StoreError::Again), _) | (Ok(_), Err(StoreError::Again)) => {}
+            (Ok(value), Ok(())) => return Ok(value),
+            (Err(error), _) | (Ok(_), Err(error)) => return Err(error),
+        }
+    }
+    Err(StoreError::Again)
+}
+
 /// One frontend device: the guest and its device id, and the two folders that follow from them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Link {
@@ -113,6 +154,11 @@ impl Link {
     /// The backend's folder.
     pub fn back_folder(self) -> String {
         format!("{BACKEND}/{}/{}", self.frontend, self.devid)
+    }
+
+    /// Our folder for errors of this link.
+    pub fn error_folder(self) -> String {
+        format!("error/{}", self.back_folder())
     }
 
     /// A node of the frontend's folder.

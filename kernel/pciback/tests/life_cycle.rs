@@ -154,6 +154,8 @@ fn permissive_is_one_attachments_and_ends_with_it() {
 #[test]
 fn a_reboot_loop_with_new_domain_numbers_leaks_nothing() {
     let mut rig = boot(ONE);
+    let first = rig.attach(1000, &[NIC]);
+    first.destroy(&mut rig);
     let before = rig.world.nodes.borrow().len();
     for id in 1..200 {
         let mut guest = rig.attach(id, &[NIC]);

@@ -385,6 +385,11 @@ impl Guest {
     /// What the guest reads: the device's bytes, and over them what has a value of its own.
     fn look<C: ConfigSpace>(&self, table: &[Register], ids: (u16, u16), hardware: &C, access: Access) -> u32 {
         let mut seen = hardware.read(access.offset, access.width) & access.width.mask();
+        // A device that is gone reads as ones everywhere: that is how a driver finds out. The remembered ids
+        // would tell it that the device is still there.
+        if seen == access.width.mask() && hardware_ids(hardware).is_err() {
+            return seen;
+        }
         for register in overlapping(table, access) {
             if let Some(value) = self.value(ids, hardware, register) {
                 let whole = bytes_mask(register.length);
