@@ -26,7 +26,8 @@ use xen_guest::store::{Client, Error, Transport};
 use crate::memory::{AddressSpace, MapError, Use};
 use crate::{fatal, logger};
 
-/// Frames of the window for the shared info page (the first) and for grants (the others).
+/// Frames of the window for the shared info page (the first) and for grants (the others): one large
+/// page of the page tables.
 const WINDOW_FRAMES: u64 = 512;
 const WINDOW_BYTES: u64 = WINDOW_FRAMES * PAGE_SIZE;
 
@@ -57,9 +58,7 @@ impl Machine {
     /// What fails here leaves nothing to run with, so it ends the domain with the reason.
     pub fn new(mut space: AddressSpace, ram_end: u64, config: &Config) -> Machine {
         let window = free_window(ram_end, config);
-        for frame in 0..WINDOW_FRAMES {
-            must(space.map(window + frame * PAGE_SIZE, Use::Data), "mapping the grant window");
-        }
+        must(space.map_large(window, Use::Data), "mapping the grant window");
         // SAFETY: the window is behind all RAM and clear of every device frame.
         must(unsafe { xen_memory::map_shared_info(window / PAGE_SIZE) }, "XENMEM_add_to_physmap(shared_info)");
         // SAFETY: mapped just now, and for good.

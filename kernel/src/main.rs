@@ -46,6 +46,7 @@ extern "C" fn rust_entry(start_info: u32) -> ! {
             x86_64::instructions::hlt();
         }
     }
+    let entry = xen_guest::memory::cpu_time().unwrap_or(0);
     // SAFETY: the loader's address; nothing has been allocated.
     let info = match unsafe { boot::read(start_info) } {
         Ok(info) => info,
@@ -64,7 +65,7 @@ extern "C" fn rust_entry(start_info: u32) -> ! {
     let (config, complaints) = pciback::cmdline::parse(&cmdline);
     logger::set_level(config.log);
     let machine = machine::Machine::new(space, info.ram_end, &config);
-    run::run(machine, config, complaints)
+    run::run(machine, config, complaints, entry)
 }
 
 /// Asked for by precompiled `core`; nothing unwinds here.

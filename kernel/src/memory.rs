@@ -11,7 +11,7 @@ use linked_list_allocator::Heap;
 use spin::Mutex;
 use x86_64::structures::paging::mapper::MapToError;
 use x86_64::structures::paging::{
-    FrameAllocator, Mapper, OffsetPageTable, Page, PageTable, PageTableFlags, PhysFrame, Size4KiB,
+    FrameAllocator, Mapper, OffsetPageTable, Page, PageSize, PageTable, PageTableFlags, PhysFrame, Size2MiB, Size4KiB,
 };
 use x86_64::{PhysAddr, VirtAddr};
 use xen_guest::abi::PAGE_SIZE;
@@ -137,8 +137,17 @@ impl AddressSpace {
             (heap.0, heap.1, Use::Data),
         ];
         for (start, end, usage) in sections {
-            for page in (start..end).step_by(PAGE_SIZE as usize).filter(|page| !guards.contains(page)) {
-                space.map(page, usage)?;
+            let mut address = start;
+            while address < end {
+                if address.is_multiple_of(Size2MiB::SIZE) && end - address >= Size2MiB::SIZE {
+                    space.map_large(address, usage)?;
+                    address += Size2MiB::SIZE;
+                    continue;
+                }
+                if !guards.contains(&address) {
+                    space.map(address, usage)?;
+                }
+                address += PAGE_SIZE;
             }
         }
         // SAFETY: the new tables map the code that runs, its stack and its data where they are.
@@ -153,8 +162,23 @@ impl AddressSpace {
     /// # Errors
     /// [`MapError`].
     pub fn map(&mut self, address: u64, usage: Use) -> Result<(), MapError> {
-        let frame = PhysAddr::try_new(address).ok().and_then(|a| PhysFrame::from_start_address(a).ok());
-        let page = VirtAddr::try_new(address).ok().and_then(|a| Page::<Size4KiB>::from_start_address(a).ok());
+        self.map_page::<Size4KiB>(address, usage)
+    }
+
+    /// Maps the 2 MiB at physical `address` at the same virtual address.
+    ///
+    /// # Errors
+    /// [`MapError`].
+    pub fn map_large(&mut self, address: u64, usage: Use) -> Result<(), MapError> {
+        self.map_page::<Size2MiB>(address, usage)
+    }
+
+    fn map_page<S: PageSize + core::fmt::Debug>(&mut self, address: u64, usage: Use) -> Result<(), MapError>
+    where
+        OffsetPageTable<'static>: Mapper<S>,
+    {
+        let frame = PhysAddr::try_new(address).ok().and_then(|a| PhysFrame::<S>::from_start_address(a).ok());
+        let page = VirtAddr::try_new(address).ok().and_then(|a| Page::<S>::from_start_address(a).ok());
         let (Some(frame), Some(page)) = (frame, page) else { return Err(MapError::Taken) };
         // SAFETY: a page that is mapped already is refused, so no memory of Rust's changes.
         let mapped = unsafe { self.0.map_to(page, frame, usage.flags(), &mut TableFrames) };

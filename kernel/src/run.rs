@@ -25,42 +25,50 @@ const REPORT: (&str, &str) = ("data/pciback/report", "report");
 /// Xenstore events handled before frontends get their turn again.
 const EVENTS_A_TURN: usize = 16;
 
-/// Serves until the tools end the domain.
-pub fn run(machine: Machine, config: Config, complaints: Vec<Complaint>) -> ! {
+/// Serves until the tools end the domain. `entry` is the CPU time, in nanoseconds, at the first instruction
+/// that could ask for it.
+pub fn run(machine: Machine, config: Config, complaints: Vec<Complaint>, entry: u64) -> ! {
     let mut backend = Backend::new(machine, config, complaints);
     watch(&mut backend);
     backend.start();
-    publish_start(&mut backend);
+    publish_start(&mut backend, entry);
 
     let mut ports: Vec<Port> = Vec::with_capacity(POLL_PORTS);
     let mut poll = HaltPoll::default();
     loop {
-        let mut busy = false;
-        for _ in 0..EVENTS_A_TURN {
-            let Some(event) = backend.platform_mut().client().next_event() else { break };
-            busy = true;
-            handle(&mut backend, &event);
-        }
-        if backend.platform_mut().client().take_lost_watches() {
-            log::warn!("xenstore events were lost: looking at everything again");
-            busy = true;
-            watch(&mut backend);
-            backend.store_reconnected();
-        }
+        // Frontends first: what they need is looked at in as few pages as can be.
+        let mut busy = backend.serve(Machine::take_pending);
 
-        busy |= backend.serve(Machine::take_pending);
+        let [store_port, console_port] = backend.platform_mut().own_ports();
+        if backend.platform_mut().take_pending(store_port) | backend.platform_mut().client().may_have_events() {
+            busy = true;
+            store_events(&mut backend);
+        }
+        if backend.platform_mut().take_pending(console_port) {
+            busy = true;
+            logger::discard_input();
+        }
 
         ports.clear();
         ports.extend(backend.ports());
-        for port in backend.platform_mut().own_ports() {
-            busy |= backend.platform_mut().take_pending(port);
-            ports.push(port);
-        }
-        logger::discard_input();
+        ports.extend([store_port, console_port]);
         let deadline = backend.next_deadline();
         if !busy {
             wait(backend.platform_mut(), &ports, &mut poll, deadline);
         }
+    }
+}
+
+/// Handles what xenstore has to tell, a bounded part of it.
+fn store_events(backend: &mut Backend<Machine>) {
+    for _ in 0..EVENTS_A_TURN {
+        let Some(event) = backend.platform_mut().client().next_event() else { break };
+        handle(backend, &event);
+    }
+    if backend.platform_mut().client().take_lost_watches() {
+        log::warn!("xenstore events were lost: looking at everything again");
+        watch(backend);
+        backend.store_reconnected();
     }
 }
 
@@ -85,9 +93,9 @@ fn watch(backend: &mut Backend<Machine>) {
     }
 }
 
-/// Says what the domain can do and what its start has cost.
-fn publish_start(backend: &mut Backend<Machine>) {
-    let cpu = memory::cpu_time().unwrap_or(0) / 1000;
+/// Says what the domain can do and what its start has cost since `entry`, nanoseconds of its CPU time.
+fn publish_start(backend: &mut Backend<Machine>, entry: u64) {
+    let cpu = memory::cpu_time().unwrap_or(0).saturating_sub(entry) / 1000;
     let (used, free) = crate::memory::heap_usage();
     log::info!("ready after {cpu} us of CPU; heap: {} KiB used, {} KiB free", used / 1024, free / 1024);
     let store = backend.platform_mut().store();

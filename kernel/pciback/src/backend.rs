@@ -275,8 +275,10 @@ impl<P: Platform> Backend<P> {
             if first {
                 let id = device.ids().map(|(vendor, model)| format!("{vendor:04x}:{model:04x}"));
                 nodes.push(("id", id.unwrap_or_default()));
-                nodes.push(("guest", device.entry.guest.clone().unwrap_or_default()));
-                nodes.push(("options", device.entry.options()));
+                // These never change, so nothing is there where there is nothing to say.
+                nodes.extend(device.entry.guest.clone().map(|guest| ("guest", guest)));
+                nodes
+                    .extend(Some(device.entry.options()).filter(|text| !text.is_empty()).map(|text| ("options", text)));
             }
             let (frontend, reason) = match &device.state {
                 State::Ready => (None, None),
@@ -290,6 +292,8 @@ impl<P: Platform> Backend<P> {
                 let path = nodes::published(sbdf, node);
                 let done = match value {
                     Some(value) => self.publish(&path, &value),
+                    // A domain that has just started has nothing to take back.
+                    None if !self.introduced && self.failures == 0 => true,
                     // Usually there is none.
                     None => self.platform.store().remove(None, &path) != Err(StoreError::Timeout),
                 };

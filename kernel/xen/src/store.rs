@@ -96,6 +96,8 @@ pub struct Client<T> {
     reply: Option<(u32, u32, Vec<u8>)>,
     events: VecDeque<WatchEvent>,
     lost_watches: bool,
+    /// Something may have come that nobody has looked for since.
+    unseen: bool,
 }
 
 impl<T: Transport> Client<T> {
@@ -110,6 +112,7 @@ impl<T: Transport> Client<T> {
             reply: None,
             events: VecDeque::new(),
             lost_watches: false,
+            unseen: true,
         }
     }
 
@@ -188,8 +191,15 @@ impl<T: Transport> Client<T> {
     pub fn next_event(&mut self) -> Option<WatchEvent> {
         if self.events.is_empty() {
             self.pump();
+            self.unseen = !self.events.is_empty();
         }
         self.events.pop_front()
+    }
+
+    /// Whether [`Client::next_event`] is worth a call although the daemon has not woken us: a request
+    /// takes the wake-ups of what came behind its reply.
+    pub fn may_have_events(&self) -> bool {
+        self.unseen || self.lost_watches
     }
 
     /// True once after watches or their events were lost: set all watches anew and look at everything.
@@ -212,6 +222,7 @@ impl<T: Transport> Client<T> {
             self.unsent.extend(*part);
         }
 
+        self.unseen = true;
         let deadline = self.transport.now().saturating_add(PATIENCE);
         loop {
             self.push();
@@ -516,6 +527,9 @@ mod tests {
         assert_eq!(store.read(0, "x"), Ok("v".into()));
         let events: Vec<_> = std::iter::from_fn(|| store.next_event()).map(|e| e.path + "/" + &e.token).collect();
         assert_eq!(events, ["a/t", "b/t", "c/u"]);
+        assert!(!store.may_have_events(), "all was looked at");
+        assert_eq!(store.read(0, "x"), Ok("v".into()));
+        assert!(store.may_have_events(), "what came with the reply woke nobody");
     }
 
     #[test]
