@@ -4,6 +4,7 @@ use crate::dom0::{Outcome, Rig};
 
 mod command_line;
 mod destroyed;
+mod exception;
 mod hotplug;
 mod idle;
 mod lifecycle;
@@ -44,7 +45,7 @@ const fn scenario(name: &'static str, about: &'static str, run: fn(&mut Rig) -> 
 }
 
 /// All of them.
-pub const ALL: [Scenario; 14] = [
+pub const ALL: [Scenario; 15] = [
     scenario("nvme", "a guest reads and writes an NVMe drive, with interrupts", nvme::run),
     scenario("nic", "a guest uses a network card", nic::run),
     scenario("two-guests", "two guests use a device each at once", two_guests::run),
@@ -57,6 +58,7 @@ pub const ALL: [Scenario; 14] = [
     scenario("command-line", "wrong words on the command line are reported", command_line::run),
     scenario("tool-reads", "list and check say what is, and change nothing", tool_reads::run),
     scenario("tool-errors", "dom0's tool refuses what cannot work", tool_errors::run),
+    scenario("exception", "an exception in the driver domain is reported and ends it", exception::run),
     scenario("lifecycle", "xl shutdown, reboot and destroy of the driver domain", lifecycle::run),
     Scenario {
         name: "read-only",
