@@ -35,6 +35,8 @@ pub fn run(machine: Machine, config: Config, complaints: Vec<Complaint>, entry: 
 
     let mut ports: Vec<Port> = Vec::with_capacity(POLL_PORTS);
     let mut poll = HaltPoll::default();
+    // Counted for the report: an idle domain does not wake up.
+    let mut sleeps = 0;
     loop {
         // Frontends first: what they need is looked at in as few pages as can be.
         let mut busy = backend.serve(Machine::take_pending);
@@ -42,7 +44,7 @@ pub fn run(machine: Machine, config: Config, complaints: Vec<Complaint>, entry: 
         let [store_port, console_port] = backend.platform_mut().own_ports();
         if backend.platform_mut().take_pending(store_port) | backend.platform_mut().client().may_have_events() {
             busy = true;
-            store_events(&mut backend);
+            store_events(&mut backend, sleeps);
         }
         if backend.platform_mut().take_pending(console_port) {
             busy = true;
@@ -54,16 +56,16 @@ pub fn run(machine: Machine, config: Config, complaints: Vec<Complaint>, entry: 
         ports.extend([store_port, console_port]);
         let deadline = backend.next_deadline();
         if !busy {
-            wait(backend.platform_mut(), &ports, &mut poll, deadline);
+            sleeps += u64::from(wait(backend.platform_mut(), &ports, &mut poll, deadline));
         }
     }
 }
 
-/// Handles what xenstore has to tell, a bounded part of it.
-fn store_events(backend: &mut Backend<Machine>) {
+/// Handles what xenstore has to tell, a bounded part of it, after the loop has slept `sleeps` times.
+fn store_events(backend: &mut Backend<Machine>, sleeps: u64) {
     for _ in 0..EVENTS_A_TURN {
         let Some(event) = backend.platform_mut().client().next_event() else { break };
-        handle(backend, &event);
+        handle(backend, &event, sleeps);
     }
     if backend.platform_mut().client().take_lost_watches() {
         log::warn!("xenstore events were lost: looking at everything again");
@@ -72,16 +74,18 @@ fn store_events(backend: &mut Backend<Machine>) {
     }
 }
 
-/// Waits for an event of `ports`: looks for a while if that has been worth it, then sleeps in Xen.
-fn wait(machine: &Machine, ports: &[Port], poll: &mut HaltPoll, deadline: Option<Nanos>) {
+/// Waits for an event of `ports`: looks for a while if that has been worth it, then sleeps in Xen. True if
+/// it slept.
+fn wait(machine: &Machine, ports: &[Port], poll: &mut HaltPoll, deadline: Option<Nanos>) -> bool {
     if poll.window() > 0 && machine.look(ports, poll.window()) {
-        return;
+        return false;
     }
     let start = machine.now();
     if let Err(error) = sched::poll(ports, deadline) {
         fatal::stop(format_args!("SCHEDOP_poll on {} ports failed: {error}", ports.len()));
     }
     poll.slept(machine.now().saturating_sub(start));
+    true
 }
 
 /// Sets the loop's own watches.
@@ -111,11 +115,11 @@ fn publish_start(backend: &mut Backend<Machine>, entry: u64) {
 }
 
 /// One xenstore event.
-fn handle(backend: &mut Backend<Machine>, event: &WatchEvent) {
+fn handle(backend: &mut Backend<Machine>, event: &WatchEvent, sleeps: u64) {
     if event.token == SHUTDOWN.1 {
         shutdown(backend);
     } else if event.token == REPORT.1 {
-        report(backend);
+        report(backend, sleeps);
     } else {
         backend.watch_fired(&event.path, &event.token);
     }
@@ -144,7 +148,7 @@ fn shutdown(backend: &mut Backend<Machine>) {
 }
 
 /// Publishes counters because dom0 wrote to the report node; the write back to it is the answer.
-fn report(backend: &mut Backend<Machine>) {
+fn report(backend: &mut Backend<Machine>, sleeps: u64) {
     let machine = backend.platform_mut();
     let Ok(wish) = machine.store().read(None, REPORT.0) else { return };
     if wish.is_empty() {
@@ -153,6 +157,7 @@ fn report(backend: &mut Backend<Machine>) {
     let counted = hypercall::count();
     for (path, value) in [
         ("data/pciback/hypercalls", counted.to_string()),
+        ("data/pciback/sleeps", sleeps.to_string()),
         ("data/pciback/cpu-us", (memory::cpu_time().unwrap_or(0) / 1000).to_string()),
         ("data/pciback/heap-used", crate::memory::heap_usage().0.to_string()),
         (REPORT.0, alloc::string::String::new()),
