@@ -350,6 +350,10 @@ impl Store for XenStore {
         self.0.write(id(tx), path, value).map_err(error)
     }
 
+    fn write_all(&mut self, nodes: &[(String, String)]) -> Result<(), StoreError> {
+        self.0.write_all(nodes).map_err(error)
+    }
+
     fn remove(&mut self, tx: Option<Transaction>, path: &str) -> Result<(), StoreError> {
         self.0.remove(id(tx), path).map_err(error)
     }

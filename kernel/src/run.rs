@@ -4,7 +4,7 @@
 //! frontend; in a burst the next event is often seen before sleeping. Nothing else wakes the domain: no
 //! tick, no time-out of its own.
 
-use alloc::string::ToString;
+use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use pciback::backend::Backend;
@@ -90,10 +90,8 @@ fn wait(machine: &Machine, ports: &[Port], poll: &mut HaltPoll, deadline: Option
 
 /// Sets the loop's own watches.
 fn watch(backend: &mut Backend<Machine>) {
-    for (path, token) in [SHUTDOWN, REPORT] {
-        if let Err(error) = backend.platform_mut().store().watch(path, token) {
-            log::error!("cannot watch {path}: {error}");
-        }
+    if let Err(error) = backend.platform_mut().client().watch_all(&[SHUTDOWN, REPORT]) {
+        log::error!("cannot watch {} and {}: {error}", SHUTDOWN.0, REPORT.0);
     }
 }
 
@@ -102,16 +100,14 @@ fn publish_start(backend: &mut Backend<Machine>, entry: u64) {
     let cpu = memory::cpu_time().unwrap_or(0).saturating_sub(entry) / 1000;
     let (used, free) = crate::memory::heap_usage();
     log::info!("ready after {cpu} us of CPU; heap: {} KiB used, {} KiB free", used / 1024, free / 1024);
-    let store = backend.platform_mut().store();
-    for (path, value) in [
-        ("control/feature-poweroff", "1"),
-        ("control/feature-reboot", "1"),
-        ("data/pciback/ready-cpu-us", cpu.to_string().as_str()),
-    ] {
-        if let Err(error) = store.write(None, path, value) {
-            log::warn!("cannot write {path}: {error}");
-        }
-    }
+    write_all(
+        backend.platform_mut(),
+        [
+            ("control/feature-poweroff", "1".to_string()),
+            ("control/feature-reboot", "1".to_string()),
+            ("data/pciback/ready-cpu-us", cpu.to_string()),
+        ],
+    );
 }
 
 /// One xenstore event.
@@ -155,15 +151,21 @@ fn report(backend: &mut Backend<Machine>, sleeps: u64) {
         return;
     }
     let counted = hypercall::count();
-    for (path, value) in [
-        ("data/pciback/hypercalls", counted.to_string()),
-        ("data/pciback/sleeps", sleeps.to_string()),
-        ("data/pciback/cpu-us", (memory::cpu_time().unwrap_or(0) / 1000).to_string()),
-        ("data/pciback/heap-used", crate::memory::heap_usage().0.to_string()),
-        (REPORT.0, alloc::string::String::new()),
-    ] {
-        if let Err(error) = machine.store().write(None, path, &value) {
-            log::warn!("cannot write {path}: {error}");
-        }
+    let cpu = memory::cpu_time().unwrap_or(0) / 1000;
+    write_all(
+        machine,
+        [
+            ("data/pciback/hypercalls", counted.to_string()),
+            ("data/pciback/sleeps", sleeps.to_string()),
+            ("data/pciback/cpu-us", cpu.to_string()),
+            ("data/pciback/heap-used", crate::memory::heap_usage().0.to_string()),
+            (REPORT.0, String::new()),
+        ],
+    );
+}
+
+fn write_all<const N: usize>(machine: &mut Machine, nodes: [(&str, String); N]) {
+    if let Err(error) = machine.store().write_all(&nodes.map(|(path, value)| (path.to_string(), value))) {
+        log::warn!("cannot publish features and counters of this domain: {error}");
     }
 }

@@ -9,7 +9,7 @@ use crate::cmdline::{Complaint, Config, Mode};
 use crate::device::{Device, State};
 use crate::frontend::{Context, Frontend, Verdict};
 use crate::nodes::{self, BACKEND, Link, PUBLISHED};
-use crate::platform::{Nanos, Platform, Port, Store, StoreError};
+use crate::platform::{ConfigSpace, Nanos, Platform, Port, Store, StoreError};
 
 /// Token of the watch on all backend folders.
 const TOKEN: &str = "backend";
@@ -94,15 +94,14 @@ impl<P: Platform> Backend<P> {
     fn introduce(&mut self) {
         let (mode, why) = mode(self.mode);
         let complaints = self.complaints.len().to_string();
-        self.introduced = [
+        let nodes = [
             ("version", env!("CARGO_PKG_VERSION")),
             ("mode", mode),
             ("mode-why", why),
             ("complaints", complaints.as_str()),
             ("state", "ready"),
-        ]
-        .into_iter()
-        .all(|(node, value)| self.publish(&format!("{PUBLISHED}/{node}"), value));
+        ];
+        self.introduced = self.publish(&nodes.map(|(node, value)| (format!("{PUBLISHED}/{node}"), value.to_string())));
     }
 
     /// A xenstore watch fired.
@@ -261,64 +260,67 @@ impl<P: Platform> Backend<P> {
 
     /// Publishes what has changed of the functions since the last time.
     fn publish_devices(&mut self) {
-        for index in 0..self.devices.len() {
-            let (Some(device), Some(published)) = (self.devices.get(index), self.published.get_mut(index)) else {
-                return;
-            };
+        let store = self.platform.store();
+        // A domain that has just started has nothing to take back.
+        let fresh = !self.introduced && self.failures == 0;
+        let mut nodes = Vec::new();
+        let mut removed = true;
+        for (device, published) in self.devices.iter().zip(&mut self.published) {
             if published.as_ref() == Some(&device.state) {
                 continue;
             }
             let first = published.is_none();
             *published = Some(device.state.clone());
-            let sbdf = device.entry.sbdf;
-            let mut nodes: Vec<(&str, String)> = Vec::new();
-            if first {
-                let id = device.ids().map(|(vendor, model)| format!("{vendor:04x}:{model:04x}"));
-                nodes.push(("id", id.unwrap_or_default()));
-                // These never change, so nothing is there where there is nothing to say.
-                nodes.extend(device.entry.guest.clone().map(|guest| ("guest", guest)));
-                nodes
-                    .extend(Some(device.entry.options()).filter(|text| !text.is_empty()).map(|text| ("options", text)));
-            }
-            let (frontend, reason) = match &device.state {
-                State::Ready => (None, None),
-                State::InUse(guest) => (Some(guest.to_string()), None),
-                State::Broken(reason) => (None, Some(reason.clone())),
-            };
-            let word = device.state.word().to_string();
-            // The state comes last: who waits for it finds the rest in place.
-            let changing = [("frontend", frontend), ("reason", reason), ("state", Some(word))];
-            for (node, value) in nodes.into_iter().map(|(node, value)| (node, Some(value))).chain(changing) {
-                let path = nodes::published(sbdf, node);
-                let done = match value {
-                    Some(value) => self.publish(&path, &value),
-                    // A domain that has just started has nothing to take back.
-                    None if !self.introduced && self.failures == 0 => true,
+            for (node, value) in description(device, first) {
+                let path = nodes::published(device.entry.sbdf, node);
+                match value {
+                    Some(value) => nodes.push((path, value)),
+                    None if fresh || !removed => {}
                     // Usually there is none.
-                    None => self.platform.store().remove(None, &path) != Err(StoreError::Timeout),
-                };
-                if !done {
-                    if let Some(published) = self.published.get_mut(index) {
-                        *published = None;
-                    }
-                    self.failed();
-                    return;
+                    None => removed = store.remove(None, &path) != Err(StoreError::Timeout),
                 }
             }
         }
+        if !(removed && self.publish(&nodes)) {
+            self.published.fill(None);
+            self.failed();
+        }
     }
 
-    /// True if it is published; if not, it is tried again later.
-    fn publish(&mut self, path: &str, value: &str) -> bool {
-        match self.platform.store().write(None, path, value) {
+    /// True if all is published; if not, it is tried again later.
+    fn publish(&mut self, nodes: &[(String, String)]) -> bool {
+        if nodes.is_empty() {
+            return true;
+        }
+        match self.platform.store().write_all(nodes) {
             Ok(()) => true,
             Err(error) => {
-                log::warn!("cannot publish {path}: {error}");
+                log::warn!("cannot publish below {PUBLISHED}: {error}");
                 self.failed();
                 false
             }
         }
     }
+}
+
+/// What is published of a function: names and values of nodes, and those to remove. What never changes comes
+/// with the `first` only, where there is something to say. The state comes last: who waits for it finds
+/// the rest in place.
+fn description<C: ConfigSpace>(device: &Device<C>, first: bool) -> Vec<(&'static str, Option<String>)> {
+    let mut nodes = Vec::new();
+    if first {
+        let id = device.ids().map(|(vendor, model)| format!("{vendor:04x}:{model:04x}"));
+        nodes.push(("id", Some(id.unwrap_or_default())));
+        nodes.extend(device.entry.guest.clone().map(|guest| ("guest", Some(guest))));
+        nodes.extend(Some(device.entry.options()).filter(|text| !text.is_empty()).map(|text| ("options", Some(text))));
+    }
+    let (frontend, reason) = match &device.state {
+        State::Ready => (None, None),
+        State::InUse(guest) => (Some(guest.to_string()), None),
+        State::Broken(reason) => (None, Some(reason.clone())),
+    };
+    nodes.extend([("frontend", frontend), ("reason", reason), ("state", Some(device.state.word().to_string()))]);
+    nodes
 }
 
 /// The mode's name and why it is in force.
@@ -340,7 +342,7 @@ fn mode(mode: Mode) -> (&'static str, &'static str) {
 }
 
 /// The log line of a function at start.
-fn announce<C: crate::platform::ConfigSpace>(device: &Device<C>) {
+fn announce<C: ConfigSpace>(device: &Device<C>) {
     let entry = &device.entry;
     match (&device.state, device.ids()) {
         (State::Broken(reason), _) => log::error!("{}: broken: {reason}", entry.sbdf),

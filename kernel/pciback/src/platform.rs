@@ -145,6 +145,19 @@ pub trait Store {
     fn read(&mut self, tx: Option<Transaction>, path: &str) -> Result<String, StoreError>;
     /// Writes a node, and makes it and its parents if they are missing.
     fn write(&mut self, tx: Option<Transaction>, path: &str, value: &str) -> Result<(), StoreError>;
+    /// Writes nodes, paths and values, in this order. The first error is told; it does not keep the others
+    /// from being written, unless it is [`StoreError::Timeout`]. A client that need not wait for each does
+    /// better than this default.
+    fn write_all(&mut self, nodes: &[(String, String)]) -> Result<(), StoreError> {
+        let mut outcome = Ok(());
+        for (path, value) in nodes {
+            match self.write(None, path, value) {
+                Err(StoreError::Timeout) => return Err(StoreError::Timeout),
+                written => outcome = outcome.and(written),
+            }
+        }
+        outcome
+    }
     /// Removes a node with all below it.
     fn remove(&mut self, tx: Option<Transaction>, path: &str) -> Result<(), StoreError>;
     /// The names of a node's children.

@@ -1,7 +1,9 @@
 //! A xenstore client over the shared ring (`xen/io/xs_wire.h`, `docs/misc/xenstore-ring`).
 //!
-//! One request at a time; a call returns when its reply came or its deadline passed. Replies are told
-//! by request id, so that one that comes late is dropped and never taken for another's. Watch events
+//! One call at a time, which returns when its replies came or its deadline passed; a call that sends
+//! several requests does not wait in between, because waking and sleeping cost more than the daemon's
+//! work. Replies are told by request id, so that one that comes late is dropped and never taken for
+//! another's. Watch events
 //! that come in between are queued: without duplicates and bounded (XSA-349). What the ring holds is
 //! checked: a daemon that breaks the protocol costs the connection, which is then made anew.
 
@@ -9,12 +11,12 @@ use alloc::collections::VecDeque;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::fmt;
-use core::sync::atomic::Ordering;
+use core::sync::atomic::{Ordering, fence};
 
 use crate::abi::xenstore as ring;
 use crate::page::Page;
 
-/// How long one operation may take, in nanoseconds.
+/// How long one call may take, in nanoseconds.
 const PATIENCE: u64 = 5_000_000_000;
 
 /// Watch events kept until somebody takes them.
@@ -93,7 +95,10 @@ pub struct Client<T> {
     unsent: VecDeque<u8>,
     /// An incomplete message from the daemon.
     partial: Vec<u8>,
-    reply: Option<(u32, u32, Vec<u8>)>,
+    /// Ids of the requests whose replies the present call waits for.
+    awaited: Vec<u32>,
+    /// The present call's result so far: the newest reply, or the first error.
+    outcome: Result<Vec<u8>, Error>,
     events: VecDeque<WatchEvent>,
     lost_watches: bool,
     /// Something may have come that nobody has looked for since.
@@ -109,7 +114,8 @@ impl<T: Transport> Client<T> {
             next_id: 1,
             unsent: VecDeque::new(),
             partial: Vec::new(),
-            reply: None,
+            awaited: Vec::new(),
+            outcome: Ok(Vec::new()),
             events: VecDeque::new(),
             lost_watches: false,
             unseen: true,
@@ -131,6 +137,18 @@ impl<T: Transport> Client<T> {
     /// What the daemon answered.
     pub fn write(&mut self, tx: u32, path: &str, value: &str) -> Result<(), Error> {
         self.request(kind::WRITE, tx, &[path.as_bytes(), b"\0", value.as_bytes()]).map(drop)
+    }
+
+    /// Writes nodes, paths and values, in this order.
+    ///
+    /// # Errors
+    /// The first that the daemon answered; it has seen the other nodes all the same.
+    pub fn write_all(&mut self, nodes: &[(String, String)]) -> Result<(), Error> {
+        self.begin_call();
+        for (path, value) in nodes {
+            self.send(kind::WRITE, 0, &[path.as_bytes(), b"\0", value.as_bytes()]);
+        }
+        self.finish_call().map(drop)
     }
 
     /// Removes a node and what is below it.
@@ -177,6 +195,18 @@ impl<T: Transport> Client<T> {
         self.request(kind::WATCH, 0, &[path.as_bytes(), b"\0", token.as_bytes(), b"\0"]).map(drop)
     }
 
+    /// Sets watches, paths and tokens, in this order.
+    ///
+    /// # Errors
+    /// The first that the daemon answered; it has seen the other watches all the same.
+    pub fn watch_all(&mut self, watches: &[(&str, &str)]) -> Result<(), Error> {
+        self.begin_call();
+        for (path, token) in watches {
+            self.send(kind::WATCH, 0, &[path.as_bytes(), b"\0", token.as_bytes(), b"\0"]);
+        }
+        self.finish_call().map(drop)
+    }
+
     /// Removes a watch. Events of it that wait in the queue go with it.
     ///
     /// # Errors
@@ -208,40 +238,64 @@ impl<T: Transport> Client<T> {
     }
 
     fn request(&mut self, kind: u32, tx: u32, parts: &[&[u8]]) -> Result<Vec<u8>, Error> {
+        self.begin_call();
+        self.send(kind, tx, parts);
+        self.finish_call()
+    }
+
+    /// Replies to what came before are nobody's from now on.
+    fn begin_call(&mut self) {
+        self.awaited.clear();
+        self.outcome = Ok(Vec::new());
+    }
+
+    /// Adds a request to the present call.
+    fn send(&mut self, kind: u32, tx: u32, parts: &[&[u8]]) {
         let len: usize = parts.iter().map(|part| part.len()).sum();
         if len > ring::PAYLOAD_MAX {
-            return Err(Error::Other);
+            self.note(Err(Error::Other));
+            return;
         }
         let id = self.next_id;
         self.next_id = self.next_id.wrapping_add(1).max(1);
-        self.reply = None;
+        self.awaited.push(id);
         for word in [kind, id, tx, len as u32] {
             self.unsent.extend(word.to_le_bytes());
         }
         for part in parts {
             self.unsent.extend(*part);
         }
+    }
 
+    /// Waits until all that was sent is answered.
+    fn finish_call(&mut self) -> Result<Vec<u8>, Error> {
         self.unseen = true;
         let deadline = self.transport.now().saturating_add(PATIENCE);
         loop {
             self.push();
             self.pump();
-            match self.reply.take() {
-                Some((got, kind, payload)) if got == id => return answer(kind, payload),
-                _ if self.lost_connection() => {
-                    self.reconnect();
-                    return Err(Error::Broken);
-                }
-                _ if self.transport.now() >= deadline => {
-                    // Whatever of the request the ring did not take must not mix with the next one.
-                    if !self.unsent.is_empty() {
-                        self.reconnect();
-                    }
-                    return Err(Error::Timeout);
-                }
-                _ => self.transport.wait(deadline),
+            if self.awaited.is_empty() {
+                return core::mem::replace(&mut self.outcome, Ok(Vec::new()));
             }
+            if self.lost_connection() {
+                self.reconnect();
+                return Err(Error::Broken);
+            }
+            if self.transport.now() >= deadline {
+                // Whatever of a request the ring did not take must not mix with the next one.
+                if !self.unsent.is_empty() {
+                    self.reconnect();
+                }
+                return Err(Error::Timeout);
+            }
+            self.transport.wait(deadline);
+        }
+    }
+
+    /// Adds an answer to the present call's result.
+    fn note(&mut self, answer: Result<Vec<u8>, Error>) {
+        if self.outcome.is_ok() {
+            self.outcome = answer;
         }
     }
 
@@ -272,7 +326,6 @@ impl<T: Transport> Client<T> {
         self.unsent.clear();
         self.partial.clear();
         self.events.clear();
-        self.reply = None;
         self.lost_watches = true;
     }
 
@@ -296,11 +349,12 @@ impl<T: Transport> Client<T> {
         }
     }
 
-    /// Takes all whole messages out of the ring: events into the queue, the newest reply aside.
+    /// Takes all whole messages out of the ring: events into the queue, replies to the present call.
     fn pump(&mut self) {
         loop {
             let prod = self.page.atomic32(ring::RSP_PROD).load(Ordering::Acquire);
-            let mut cons: u32 = self.page.read(ring::RSP_CONS);
+            let start: u32 = self.page.read(ring::RSP_CONS);
+            let mut cons = start;
             let available = prod.wrapping_sub(cons);
             if available == 0 || available > ring::RING_SIZE {
                 return;
@@ -323,7 +377,12 @@ impl<T: Transport> Client<T> {
                 complete = header.is_some();
             }
             self.page.atomic32(ring::RSP_CONS).store(cons, Ordering::Release);
-            self.transport.notify();
+            // Only a daemon that found the ring full waits for room. It looks after it wrote and we look after we
+            // took, with a barrier on both sides, so one of us sees the other.
+            fence(Ordering::SeqCst);
+            if self.page.atomic32(ring::RSP_PROD).load(Ordering::Acquire).wrapping_sub(start) >= ring::RING_SIZE {
+                self.transport.notify();
+            }
             if complete {
                 self.dispatch();
             }
@@ -345,7 +404,10 @@ impl<T: Transport> Client<T> {
         let payload = self.partial.split_off(ring::HEADER);
         self.partial.clear();
         if kind != kind::WATCH_EVENT {
-            self.reply = Some((id, kind, payload));
+            if let Some(index) = self.awaited.iter().position(|awaited| *awaited == id) {
+                self.awaited.swap_remove(index);
+                self.note(answer(kind, payload));
+            }
             return;
         }
         let Ok(text) = core::str::from_utf8(&payload) else { return };
@@ -387,8 +449,8 @@ mod tests {
 
     type Script = alloc::boxed::Box<dyn FnMut(u32, u32, &[u8]) -> Vec<Vec<u8>>>;
 
-    /// A daemon that runs whenever the client wakes it: `script` gets type, id and payload of each
-    /// request and returns raw messages.
+    /// A daemon that runs while the client sleeps, if the client has woken it: `script` gets type, id and
+    /// payload of each request and returns raw messages.
     struct Daemon {
         page: Page,
         script: Script,
@@ -396,6 +458,8 @@ mod tests {
         outbox: VecDeque<u8>,
         clock: Cell<u64>,
         deaf: bool,
+        woken: bool,
+        wakings: usize,
     }
 
     fn message(kind: u32, id: u32, payload: &[u8]) -> Vec<u8> {
@@ -446,10 +510,16 @@ mod tests {
     }
 
     impl Transport for Daemon {
-        fn notify(&mut self) {}
+        fn notify(&mut self) {
+            self.woken = true;
+            self.wakings += 1;
+        }
         fn wait(&mut self, _deadline: u64) {
-            self.clock.set(self.clock.get() + 1_000_000_000);
-            self.run();
+            if std::mem::take(&mut self.woken) {
+                self.run();
+            } else {
+                self.clock.set(self.clock.get() + 1_000_000_000);
+            }
         }
         fn now(&self) -> u64 {
             self.clock.get()
@@ -466,6 +536,8 @@ mod tests {
             outbox: VecDeque::new(),
             clock: Cell::new(1),
             deaf: false,
+            woken: false,
+            wakings: 0,
         };
         Client::new(page, daemon)
     }
@@ -489,6 +561,60 @@ mod tests {
         assert_eq!(store.read(0, "big").map(|v| v.len()), Ok(3904));
         assert_eq!(store.write(0, "big", &"x".repeat(4096)), Err(Error::Other));
         assert_eq!(store.write(0, "big", "still fine"), Ok(()));
+    }
+
+    #[test]
+    fn a_daemon_is_woken_once_a_call_unless_the_ring_was_full() {
+        let mut store = client(|kind, id, _| vec![message(kind, id, &vec![b'v'; if kind == 2 { 10 } else { 2500 }])]);
+        assert!(store.read(0, "x").is_ok());
+        assert_eq!(store.transport.wakings, 1);
+        assert!(store.list(0, "x").is_ok());
+        assert_eq!(store.transport.wakings, 4, "2516 bytes fill the ring twice");
+    }
+
+    /// A client whose daemon keeps the paths of the nodes it was told to write, and refuses those with an x.
+    fn writer() -> (Client<Daemon>, alloc::rc::Rc<core::cell::RefCell<Vec<String>>>) {
+        let seen = alloc::rc::Rc::new(core::cell::RefCell::new(Vec::new()));
+        let log = seen.clone();
+        let store = client(move |kind, id, payload| {
+            assert_eq!(kind, 11);
+            let path = std::str::from_utf8(payload).unwrap().split('\0').next().unwrap();
+            log.borrow_mut().push(path.to_string());
+            vec![if path.contains('x') { message(16, id, b"EACCES\0") } else { message(11, id, b"OK\0") }]
+        });
+        (store, seen)
+    }
+
+    fn nodes(paths: &[&str], length: usize) -> Vec<(String, String)> {
+        paths.iter().map(|path| (path.to_string(), "v".repeat(length))).collect()
+    }
+
+    #[test]
+    fn many_nodes_are_written_in_order_with_one_wake_up() {
+        let (mut store, seen) = writer();
+        assert_eq!(store.write_all(&nodes(&["c", "b", "a"], 4)), Ok(()));
+        assert_eq!(*seen.borrow(), ["c", "b", "a"]);
+        assert_eq!(store.transport.wakings, 1);
+        assert_eq!(store.write_all(&[]), Ok(()));
+        assert_eq!(store.transport.wakings, 1);
+    }
+
+    #[test]
+    fn more_nodes_than_the_ring_holds_are_all_written() {
+        let (mut store, seen) = writer();
+        assert_eq!(store.write_all(&nodes(&["n"; 100], 100)), Ok(()));
+        assert_eq!(seen.borrow().len(), 100);
+    }
+
+    #[test]
+    fn the_first_error_among_many_nodes_is_told_and_the_others_are_written() {
+        let (mut store, seen) = writer();
+        assert_eq!(store.write_all(&nodes(&["a", "x", "b"], 4)), Err(Error::Denied));
+        assert_eq!(*seen.borrow(), ["a", "x", "b"]);
+        assert_eq!(store.write_all(&nodes(&["too-long"], 4096)), Err(Error::Other));
+        assert_eq!(store.write(0, "c", "still fine"), Ok(()));
+        store.transport.deaf = true;
+        assert_eq!(store.write_all(&nodes(&["a", "b"], 4)), Err(Error::Timeout));
     }
 
     #[test]
