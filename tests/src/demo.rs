@@ -33,7 +33,7 @@ fn show(rig: &mut Rig) -> Outcome<String> {
     let domains = rig.run("xl list")?;
     let list = rig.run("xl-pciback list")?;
     let log = rig.driver_log()?;
-    let cpu = rig.published("ready-cpu-us")?;
+    let cpu = rig.ready_cpu()?;
     Ok(format!(
         "domains:\n{domains}\nwho has what (xl-pciback list):\n{list}\nPCI in the guest:\n{pci}\n\
          the driver domain's console:\n{log}\n\

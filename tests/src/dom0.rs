@@ -324,6 +324,14 @@ impl Rig {
         Ok(self.exec(&script)?.1.trim().to_owned())
     }
 
+    /// CPU time of the driver domain from entry to ready, microseconds. It is published right behind the state.
+    pub fn ready_cpu(&mut self) -> Outcome<u64> {
+        let read = format!("xenstore-read /local/domain/$(xl domid {DRIVER})/data/pciback/ready-cpu-us");
+        self.wait("the driver domain's CPU time", 20, &read)?;
+        let text = self.published("ready-cpu-us")?;
+        text.parse().map_err(|_| Stop::Failure(format!("ready-cpu-us is {text:?}")))
+    }
+
     /// Waits until the driver domain publishes a value.
     pub fn wait_published(&mut self, node: &str, value: &str) -> Outcome {
         let read = format!("xenstore-read /local/domain/$(xl domid {DRIVER})/data/pciback/{node}");
