@@ -115,9 +115,10 @@ pub fn run(built: &Built, release: Release) -> Outcome {
     let _ = writeln!(
         text,
         "\nReads: {BATCHES} batches of {READS} dwords at offset 0 of the configuration file in sysfs; writes: {BATCHES} batches of \
-         {WRITES} of the dword at 0x0c with\nthe value it has; the median batch, and the quickest and slowest. Attach and CPU time are \
-         single figures and noisy: Xen counts what the\nemulated processor was kept from doing as CPU time too. Hypercalls are counted by the \
-         image itself (`data/pciback/report`), the report's\nown subtracted."
+         {WRITES} of the dword at 0x0c with\nthe value it has; the median batch, and the quickest and slowest. Attach and the first start \
+         are single figures, later starts the\nmedian of {STARTS}; CPU time is noisy, as Xen counts what the emulated processor was kept from \
+         doing too, and the first start\nincludes the emulator's translation of the image and of the part of Xen that runs it. Hypercalls \
+         are counted by the image itself\n(`data/pciback/report`), the report's own subtracted."
     );
     let path = root().join("docs/bench.md");
     std::fs::write(&path, &text).map_err(|error| Stop::Error(error.to_string()))?;
