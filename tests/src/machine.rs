@@ -2,7 +2,7 @@
 //! The processor flags are what it takes to boot Xen under QEMU's software emulation; each is explained where it stands.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -21,6 +21,9 @@ use crate::tools::{Context, Error, Result, make_dir, say, tail, write};
 pub const DISK_MIB: u64 = 128;
 /// Seed of the drive's content.
 pub const DISK_SEED: u64 = 20;
+
+/// File of Xen's and dom0's console.
+const CONSOLE: &str = "console.log";
 
 /// How to boot.
 #[derive(Debug, Clone)]
@@ -118,7 +121,7 @@ fn qemu(base: &Base, options: &Options) -> Command {
     if options.shell {
         command.args(["-serial", "stdio"]);
     } else {
-        command.arg("-serial").arg(format!("file:{}", show("console.log")));
+        command.arg("-serial").arg(format!("file:{}", show(CONSOLE)));
         command.args(["-chardev", "stdio,id=control,signal=off", "-serial", "chardev:control"]);
     }
     command.args(["-device", "intel-iommu,intremap=on", "-device", "pcie-root-port,id=rp1,slot=1,chassis=1"]);
@@ -272,16 +275,12 @@ impl Machine {
 
     /// Xen's and dom0's console.
     pub fn log(&self) -> PathBuf {
-        self.dir.join("console.log")
+        self.dir.join(CONSOLE)
     }
 
     /// All of the console so far.
     pub fn console(&self) -> String {
-        let mut bytes = Vec::new();
-        if let Ok(mut file) = File::open(self.log()) {
-            let _ = file.read_to_end(&mut bytes);
-        }
-        String::from_utf8_lossy(&bytes).replace('\r', "")
+        console(&self.dir)
     }
 
     /// The console's last lines.
@@ -318,6 +317,12 @@ impl Drop for Machine {
             let _ = std::fs::remove_file(self.dir.join(name));
         }
     }
+}
+
+/// Console of the machine whose logs are in `dir`; empty if there is none.
+pub fn console(dir: &Path) -> String {
+    let bytes = std::fs::read(dir.join(CONSOLE)).unwrap_or_default();
+    String::from_utf8_lossy(&bytes).replace('\r', "")
 }
 
 /// Checksum of a pattern, to compare with what a guest wrote.

@@ -4,9 +4,9 @@ use std::fmt::Write;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use crate::dom0::{Outcome, Rig, Stop};
+use crate::dom0::{BREAKPOINT, Outcome, Rig, Stop};
 use crate::initramfs::Parts;
-use crate::machine::{Machine, Options};
+use crate::machine::{self, Machine, Options};
 use crate::packages::{self, Release};
 use crate::scenarios::{Boot, Scenario};
 use crate::tools::{Result, root, say, tail};
@@ -105,12 +105,33 @@ pub fn boot(built: &Built, release: Release, boot: Boot, xen_args: &str) -> Outc
     tools::make_dir(&dir)?;
     say(format!("{}: booting Xen {}", release.name(), release.xen()));
     let options = Options { xen_args: format!("{mmcfg}{xen_args}"), shell: false, dir };
-    let mut rig = Rig::new(Machine::boot(&base, built.parts(), &options)?, release);
+    let machine = match Machine::boot(&base, built.parts(), &options) {
+        Err(error) if machine::console(&options.dir).contains(BREAKPOINT) => {
+            say(format!("{}: booting once more, because the emulator killed dom0: {error}", release.name()));
+            Machine::boot(&base, built.parts(), &options)?
+        }
+        booted => booted?,
+    };
+    let mut rig = Rig::new(machine, release);
     say(format!("{}: dom0 is up", release.name()));
     rig.machine.note("set-up");
     rig.set_up()?;
     say(format!("{}: the driver domain is ready", release.name()));
     Ok(rig)
+}
+
+/// Runs a scenario, and once more if a guest died of a fault of the emulator that is known.
+fn run_twice_if_needed(rig: &mut Rig, scenario: &Scenario) -> Outcome {
+    let outcome = run_one(rig, scenario);
+    match outcome {
+        Err(stop) if !matches!(stop, Stop::Skip(_)) && rig.emulator_failed() => {
+            let name = rig.release.name();
+            say(format!("{name}: {}: once more, because the emulator killed a guest: {stop}", scenario.name));
+            rig.clean_up(true)?;
+            run_one(rig, scenario)
+        }
+        outcome => outcome,
+    }
 }
 
 fn run_one(rig: &mut Rig, scenario: &Scenario) -> Outcome {
@@ -125,6 +146,8 @@ fn run_one(rig: &mut Rig, scenario: &Scenario) -> Outcome {
     if outcome.is_err()
         && let Ok(log) = rig.driver_log()
     {
+        // For the log of commands.
+        let _ = rig.exec("for log in /var/log/xen/guest-*.log; do echo \"==> $log\"; tail -c 20000 $log; done");
         say(format!("the driver domain said last\n{}", tail(&log, 12)));
         say(format!("logs: {}", rig.machine.dir().display()));
     }
@@ -159,7 +182,7 @@ pub fn run(built: &Built, release: Release, scenarios: &[Scenario], xen_args: &s
                 lines.push(Line::of(release.name(), scenario.name, || Err(Stop::Error("no machine".to_owned()))));
                 continue;
             };
-            lines.push(Line::of(release.name(), scenario.name, || run_one(rig, scenario)));
+            lines.push(Line::of(release.name(), scenario.name, || run_twice_if_needed(rig, scenario)));
             if let Err(stop) = rig.clean_up(true) {
                 say(format!("{}: a new machine, because cleaning up failed: {stop}", release.name()));
                 machine = None;
