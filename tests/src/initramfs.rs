@@ -7,7 +7,7 @@ use crate::cpio::Archive;
 use crate::packages::Base;
 use crate::tools::{Context, Result, read};
 
-/// dom0's init; `@V@` is Xen's version.
+/// dom0's init; `@V@` is Xen's version, `@XENSTORED@` the xenstore daemon.
 const DOM0_INIT: &str = r#"#!/bin/busybox sh
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin:/usr/lib/xen-@V@/bin
 /usr/bin/busybox --install -s /usr/bin 2>/dev/null
@@ -16,7 +16,7 @@ mkdir -p /dev/pts; mount -t devpts devpts /dev/pts
 mount -t tmpfs tmpfs /run; mkdir -p /run/xenstored /run/xen /run/lock
 for m in xen-evtchn xen-gntdev xen-gntalloc xen-privcmd xenfs; do insmod /modules/$m.ko; done
 mount -t xenfs xenfs /proc/xen
-xenstored --pid-file /run/xenstored.pid
+@XENSTORED@ --pid-file /run/xenstored.pid
 until xenstore-ls >/dev/null 2>&1; do sleep 0.1; done
 xen-init-dom0 >/dev/null
 xenconsoled --log=all --log-dir=/var/log/xen --pid-file=/run/xenconsoled.pid
@@ -93,7 +93,10 @@ pub fn dom0(base: &Base, parts: Parts<'_>, shell: bool) -> Result<Vec<u8>> {
     archive.file("boot/vmlinuz", 0o644, &read(&base.linux)?);
     archive.file("boot/guest.img", 0o644, &guest(base, parts.agent)?);
     let shell = if shell { "setsid cttyhack sh </dev/hvc0 >/dev/hvc0 2>&1; poweroff -f" } else { "" };
-    let init = DOM0_INIT.replace("@V@", base.release.xen()).replace("@SHELL@", shell);
+    let init = DOM0_INIT
+        .replace("@V@", base.release.xen())
+        .replace("@XENSTORED@", base.release.xenstored())
+        .replace("@SHELL@", shell);
     archive.file("init", 0o755, init.as_bytes());
     Ok(archive.finish())
 }

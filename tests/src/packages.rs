@@ -36,6 +36,15 @@ impl Release {
         }
     }
 
+    /// The xenstore daemon that dom0 runs. Debian starts oxenstored where it is installed, which is the usual case; the
+    /// other release runs the other one, because both are in use.
+    pub fn xenstored(self) -> &'static str {
+        match self {
+            Release::Bookworm => "oxenstored",
+            Release::Trixie => "xenstored",
+        }
+    }
+
     /// Finds a release by name.
     pub fn parse(name: &str) -> Result<Self> {
         let found = Self::ALL.into_iter().find(|release| release.name() == name);
