@@ -1,11 +1,10 @@
 //! A xenstore client over the shared ring (`xen/io/xs_wire.h`, `docs/misc/xenstore-ring`).
 //!
-//! One call at a time, which returns when its replies came or its deadline passed; a call that sends
-//! several requests does not wait in between, because waking and sleeping cost more than the daemon's
-//! work. Replies are told by request id, so that one that comes late is dropped and never taken for
-//! another's. Watch events
-//! that come in between are queued: without duplicates and bounded (XSA-349). What the ring holds is
-//! checked: a daemon that breaks the protocol costs the connection, which is then made anew.
+//! One call at a time, which returns when its replies came or its deadline passed. A call that sends
+//! several requests does not wait in between: waking and sleeping cost more than the daemon's work.
+//! Replies are told by request id, so that one that comes late is dropped and never taken for another's.
+//! Watch events that come in between are queued: without duplicates and bounded (XSA-349). What the ring
+//! holds is checked: a daemon that breaks the protocol costs the connection, which is then made anew.
 
 use alloc::collections::VecDeque;
 use alloc::string::{String, ToString};
