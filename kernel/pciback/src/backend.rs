@@ -281,9 +281,11 @@ impl<P: Platform> Backend<P> {
                 }
             }
         }
-        if !(removed && self.publish(&nodes)) {
-            self.published.fill(None);
+        if !removed {
             self.failed();
+        }
+        if !removed || !self.publish(&nodes) {
+            self.published.fill(None);
         }
     }
 

@@ -47,6 +47,21 @@ fn both(rig: &mut Rig) -> Guest {
     guest
 }
 
+/// The toolstack wants the first function of `guest` back.
+fn ask_back(rig: &mut Rig, guest: &Guest) {
+    guest.set_back("state-0", "5");
+    guest.set_back("state", "7");
+    rig.settle();
+}
+
+/// Takes the first entry out of the list now if the backend took fewer operations than [`after`] waited for.
+fn withdraw_if_not(rig: &Rig, guest: &Guest, done: &Cell<bool>) {
+    if !done.get() {
+        *rig.world.meanwhile.borrow_mut() = None;
+        guest.withdraw(0);
+    }
+}
+
 /// The toolstack takes an entry out of the list while the backend reads it: a list read in two halves
 /// must not make a function in use look forgotten.
 #[test]
@@ -54,9 +69,7 @@ fn a_list_that_closes_up_while_it_is_read_takes_no_function_from_its_guest() {
     for count in 1..OPERATIONS {
         let mut rig = boot(TWO);
         let guest = both(&mut rig);
-        guest.set_back("state-0", "5");
-        guest.set_back("state", "7");
-        rig.settle();
+        ask_back(&mut rig, &guest);
         guest.set_front("state", "7");
         rig.settle();
         guest.set_front("state", "4");
@@ -67,10 +80,7 @@ fn a_list_that_closes_up_while_it_is_read_takes_no_function_from_its_guest() {
         let done = after(&rig, count, |world| withdraw(world, 1, 0));
         guest.set_back("online", "1");
         rig.settle();
-        if !done.get() {
-            *rig.world.meanwhile.borrow_mut() = None;
-            guest.withdraw(0);
-        }
+        withdraw_if_not(&rig, &guest, &done);
         wait(&mut rig);
         assert_eq!(rig.published(OTHER, "state").as_deref(), Some("in-use"), "operation {count}");
         assert_eq!(rig.hardware(OTHER).word(4) & 4, 4, "operation {count}: it may still work");
@@ -88,16 +98,11 @@ fn a_forced_detach_at_any_moment_takes_the_function_that_was_meant() {
     for count in 1..OPERATIONS {
         let mut rig = boot(TWO);
         let guest = both(&mut rig);
-        guest.set_back("state-0", "5");
-        guest.set_back("state", "7");
-        rig.settle();
+        ask_back(&mut rig, &guest);
         let done = after(&rig, count, |world| withdraw(world, 1, 0));
         guest.set_front("state", "7");
         rig.settle();
-        if !done.get() {
-            *rig.world.meanwhile.borrow_mut() = None;
-            guest.withdraw(0);
-        }
+        withdraw_if_not(&rig, &guest, &done);
         wait(&mut rig);
         guest.set_front("state", "4");
         wait(&mut rig);
