@@ -6,20 +6,23 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use core::sync::atomic::Ordering;
 
-use pciback::cmdline::{Config, EcamWindow, Mode};
+use pciback::cmdline::{Config, EcamWindow};
+use pciback::physdev::{Physdev, PhysdevError, Pirq, Vector};
 use pciback::platform::{
     Channel, ConfigSpace, ConnectError, DomId, Nanos, Platform, Port, SharedPage, Store, StoreError, Transaction,
     Width, WritesOff,
 };
 use pciback::sbdf::Sbdf;
-use pciback::wire::{PCIF_ACTIVE, RawReply, RawRequest, offset};
+use pciback::wire::{MsixEntry, PCIF_ACTIVE, RawReply, RawRequest, offset};
 use xen_guest::abi::PAGE_SIZE;
 use xen_guest::clock;
 use xen_guest::console::Console;
+use xen_guest::errno::Errno;
 use xen_guest::evtchn::{self, BoundPort, Pending};
 use xen_guest::grant::{self, Mapping, Window};
 use xen_guest::memory::{self as xen_memory, Param};
 use xen_guest::page::Page;
+use xen_guest::physdev;
 use xen_guest::sched::{self, POLL_PORTS};
 use xen_guest::store::{Client, Error, Transport};
 
@@ -49,7 +52,7 @@ pub struct Machine {
     /// One clone an open frontend channel.
     channels: Rc<()>,
     ecam: Vec<EcamWindow>,
-    writable: bool,
+    physdev: Hypercalls,
 }
 
 impl Machine {
@@ -74,7 +77,7 @@ impl Machine {
         let page = ring(&mut space, Param::StorePfn, "xenstore");
         let store_port = port(Param::StoreEvtchn, "xenstore");
         let store = XenStore(Client::new(page, StoreTransport { port: store_port, pending, shared }));
-        let writable = config.mode == Mode::Mmcfg0;
+        let physdev = Hypercalls { shared };
         Machine {
             space,
             shared,
@@ -85,7 +88,7 @@ impl Machine {
             console_port,
             channels: Rc::new(()),
             ecam: config.ecam.clone(),
-            writable,
+            physdev,
         }
     }
 
@@ -163,6 +166,11 @@ impl Platform for Machine {
     type Page = GrantedPage;
     type Channel = BoundChannel;
     type Store = XenStore;
+    type Physdev = Hypercalls;
+
+    fn physdev(&mut self) -> &mut Hypercalls {
+        &mut self.physdev
+    }
 
     fn store(&mut self) -> &mut XenStore {
         &mut self.store
@@ -181,7 +189,7 @@ impl Platform for Machine {
         })?;
         // SAFETY: mapped just now, and for good. Xen lets this domain reach the frame only if its xl
         // config says so; otherwise reads answer all ones.
-        Ok(EcamFrame { page: unsafe { Page::new(address as *mut u8) }, writable: self.writable })
+        Ok(EcamFrame { page: unsafe { Page::new(address as *mut u8) }, writable: false })
     }
 
     fn map_page(&mut self, frontend: DomId, grant_ref: u32) -> Result<GrantedPage, ConnectError> {
@@ -249,6 +257,54 @@ impl ConfigSpace for EcamFrame {
     fn writable(&self) -> bool {
         self.writable
     }
+
+    fn allow_writes(&mut self) {
+        self.writable = true;
+    }
+}
+
+/// Xen's physdev operations.
+pub struct Hypercalls {
+    shared: Page,
+}
+
+fn function(sbdf: Sbdf) -> physdev::Function {
+    physdev::Function { segment: sbdf.segment(), bus: sbdf.bus(), devfn: sbdf.devfn() }
+}
+
+fn refusal(errno: Errno) -> PhysdevError {
+    PhysdevError::of(errno.0)
+}
+
+impl Physdev for Hypercalls {
+    fn prepare_msix(&mut self, sbdf: Sbdf) -> Result<(), PhysdevError> {
+        physdev::prepare_msix(function(sbdf)).map_err(refusal)
+    }
+
+    fn release_msix(&mut self, sbdf: Sbdf) -> Result<(), PhysdevError> {
+        physdev::release_msix(function(sbdf)).map_err(refusal)
+    }
+
+    fn restore_msi(&mut self, sbdf: Sbdf) -> Result<(), PhysdevError> {
+        physdev::restore_msi(function(sbdf)).map_err(refusal)
+    }
+
+    fn map(&mut self, guest: DomId, sbdf: Sbdf, vector: Vector) -> Result<Pirq, PhysdevError> {
+        let vector = match vector {
+            Vector::Msi => physdev::Vector::Msi,
+            Vector::MultiMsi { count } => physdev::Vector::MultiMsi(count),
+            Vector::Msix { entry, table_base } => physdev::Vector::Msix(entry, table_base),
+        };
+        physdev::map(guest, function(sbdf), vector).map_err(refusal)
+    }
+
+    fn unmap(&mut self, guest: DomId, pirq: Pirq) -> Result<(), PhysdevError> {
+        physdev::unmap(guest, pirq).map_err(refusal)
+    }
+
+    fn now(&self) -> Nanos {
+        clock::now(self.shared)
+    }
 }
 
 /// A frontend's shared page.
@@ -269,6 +325,23 @@ impl SharedPage for GrantedPage {
             offset: page.read::<u32>(offset::OFFSET).cast_signed(),
             size: page.read::<u32>(offset::SIZE).cast_signed(),
             value: page.read(offset::VALUE),
+            info: page.read(offset::INFO),
+        }
+    }
+
+    fn msix_entries(&self, into: &mut [MsixEntry]) {
+        let page = self.0.page();
+        for (index, entry) in into.iter_mut().enumerate() {
+            // One access an entry: both halves are of the same moment.
+            let both: u32 = page.read(offset::MSIX_ENTRIES + 4 * index);
+            *entry = MsixEntry { vector: both as u16, entry: (both >> 16) as u16 };
+        }
+    }
+
+    fn reply_vectors(&self, entries: &[MsixEntry]) {
+        let page = self.0.page();
+        for (index, entry) in entries.iter().enumerate() {
+            page.write(offset::MSIX_ENTRIES + 4 * index, entry.vector);
         }
     }
 

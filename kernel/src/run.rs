@@ -1,8 +1,8 @@
 //! The event loop: xenstore events and frontends' events, then sleep in Xen until the next.
 //!
 //! A config access takes two hypercalls at most: the poll that wakes us and the event that tells the
-//! frontend; in a burst the next event is often seen before sleeping. Nothing else wakes the domain: no
-//! tick, no time-out of its own.
+//! frontend; in a burst the next event is often seen before sleeping. Nothing else wakes the domain but the
+//! deadlines of a hand-over: no tick.
 
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;

@@ -5,9 +5,11 @@ use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
-use crate::cmdline::{Complaint, Config, Mode};
+use crate::cmdline::{Complaint, Config};
 use crate::device::{Device, State};
 use crate::frontend::{Context, Frontend, Verdict};
+use crate::interrupts::Kind;
+use crate::mode::{self, InForce};
 use crate::nodes::{self, BACKEND, Link, PUBLISHED};
 use crate::platform::{ConfigSpace, Nanos, Platform, Port, Store, StoreError};
 
@@ -22,18 +24,42 @@ const PAUSE: Nanos = 1_000_000_000;
 /// The pause doubles with each failure in a row, this many times: 64 seconds.
 const LONGEST_PAUSE: u32 = 6;
 
+/// The watch on dom0's wish to try a broken function again: its address as in the published folder.
+const RETRY: (&str, &str) = ("data/pciback/retry", "retry");
+
+/// What was last published of a function.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Published {
+    state: State,
+    interrupts: (Kind, u16),
+    stale: u32,
+}
+
+impl Published {
+    fn of<C: ConfigSpace>(device: &Device<C>) -> Published {
+        let interrupts = device.peek().map(|function| (function.interrupts.kind(), function.interrupts.vectors()));
+        Published {
+            state: device.state.clone(),
+            interrupts: interrupts.unwrap_or((Kind::Line, 0)),
+            stale: device.stale(),
+        }
+    }
+}
+
 /// The backend over a machine.
 pub struct Backend<P: Platform> {
     platform: P,
-    mode: Mode,
+    mode: InForce,
     complaints: Vec<Complaint>,
     devices: Vec<Device<P::Config>>,
-    published: Vec<Option<State>>,
+    published: Vec<Option<Published>>,
     frontends: BTreeMap<Link, Frontend<P>>,
     watching: bool,
     /// When to look at everything again because xenstore failed; nothing else would bring it back.
     retry: Option<Nanos>,
     failures: u32,
+    /// When the next step of a hand-over is due.
+    due: Option<Nanos>,
     /// All that is published of the domain itself is.
     introduced: bool,
 }
@@ -45,11 +71,13 @@ impl<P: Platform> Backend<P> {
             let hardware = platform.open_config(entry.sbdf);
             Device::seize(entry, hardware)
         };
-        let devices: Vec<_> = config.devices.into_iter().map(seize).collect();
+        let mut devices: Vec<_> = config.devices.into_iter().map(seize).collect();
+        let now = platform.now();
+        let mode = mode::settle(config.mode, &mut devices, platform.physdev(), now);
         let published = devices.iter().map(|_| None).collect();
         Backend {
             platform,
-            mode: config.mode,
+            mode,
             complaints,
             devices,
             published,
@@ -57,6 +85,7 @@ impl<P: Platform> Backend<P> {
             watching: false,
             retry: None,
             failures: 0,
+            due: Some(now),
             introduced: false,
         }
     }
@@ -77,14 +106,14 @@ impl<P: Platform> Backend<P> {
         for complaint in &self.complaints {
             log::error!("{complaint}");
         }
-        let (mode, why) = mode(self.mode);
-        log::info!("mode {mode}: {why}");
+        log::info!("mode {}: {}", self.mode.word(), self.mode.why);
         if self.devices.is_empty() {
             log::error!("no function to serve: name one with dev= (see xl-pciback config)");
         }
         for device in &self.devices {
             announce(device);
         }
+        self.advance();
         self.publish_devices();
         self.watch();
         self.introduce();
@@ -92,12 +121,11 @@ impl<P: Platform> Backend<P> {
 
     /// Publishes what there is to say of the domain. The state comes last: who waits for it finds the rest.
     fn introduce(&mut self) {
-        let (mode, why) = mode(self.mode);
         let complaints = self.complaints.len().to_string();
         let nodes = [
             ("version", env!("CARGO_PKG_VERSION")),
-            ("mode", mode),
-            ("mode-why", why),
+            ("mode", self.mode.word()),
+            ("mode-why", self.mode.why.as_str()),
             ("complaints", complaints.as_str()),
             ("state", "ready"),
         ];
@@ -110,6 +138,8 @@ impl<P: Platform> Backend<P> {
             if self.frontends.contains_key(&link) {
                 self.reconcile(link);
             }
+        } else if token == RETRY.1 {
+            self.retry_device();
         } else if token == TOKEN {
             let mut parts = path.strip_prefix(BACKEND).unwrap_or("").trim_start_matches('/').splitn(3, '/');
             match (parts.next().filter(|part| !part.is_empty()), parts.next(), parts.next()) {
@@ -146,16 +176,76 @@ impl<P: Platform> Backend<P> {
                 self.failures = 0;
             }
         }
+        if let Some(due) = self.due
+            && self.platform.now() >= due
+        {
+            busy = true;
+            self.advance();
+        }
         let Backend { platform, devices, frontends, .. } = self;
+        let mut changed = false;
         for frontend in frontends.values_mut() {
             if let Some(port) = frontend.port()
                 && (take(platform, port) | frontend.has_more())
             {
                 busy = true;
-                frontend.serve(&mut Context { platform, devices });
+                changed |= frontend.serve(&mut Context { platform, devices });
             }
         }
+        if changed {
+            // After the replies: nobody waits for it.
+            self.note_due();
+            self.publish_devices();
+        }
         busy
+    }
+
+    /// Does what is due of the hand-overs, and for the frontends that waited for one to end.
+    fn advance(&mut self) {
+        let now = self.platform.now();
+        let mut changed = false;
+        for device in &mut self.devices {
+            if device.due().is_some_and(|due| due <= now) {
+                changed |= device.advance(self.platform.physdev(), now);
+            }
+        }
+        self.note_due();
+        if changed {
+            self.publish_devices();
+            let waiting: Vec<Link> =
+                self.frontends.iter().filter(|(_, frontend)| frontend.is_waiting()).map(|(link, _)| *link).collect();
+            for link in waiting {
+                self.reconcile(link);
+            }
+        }
+    }
+
+    fn note_due(&mut self) {
+        self.due = self.devices.iter().filter_map(Device::due).min();
+    }
+
+    /// dom0 asks to try a broken function again.
+    fn retry_device(&mut self) {
+        // A failure leaves the wish where it is; dom0 can make it again.
+        let Ok(wish) = self.platform.store().read(None, RETRY.0) else { return };
+        if wish.is_empty() {
+            return;
+        }
+        let now = self.platform.now();
+        let found = self.devices.iter_mut().find(|device| nodes::folder(device.entry.sbdf) == wish);
+        match found {
+            Some(device) => {
+                log::info!("{}: dom0 asks to try it again", device.entry.sbdf);
+                device.retry(self.platform.physdev(), now);
+            }
+            None => log::warn!("{}: {wish:?} is no function of this domain", RETRY.0),
+        }
+        self.note_due();
+        self.publish_devices();
+        // The empty value tells that the wish was seen, and comes after what it led to.
+        if let Err(error) = self.platform.store().write(None, RETRY.0, "") {
+            log::warn!("cannot acknowledge {}: {error}", RETRY.0);
+        }
     }
 
     /// The ports to wait for.
@@ -163,9 +253,10 @@ impl<P: Platform> Backend<P> {
         self.frontends.values().filter_map(Frontend::port)
     }
 
-    /// When to call [`Backend::serve`] again without an event: only after xenstore failed.
+    /// When to call [`Backend::serve`] again without an event: after xenstore failed, and while a function is
+    /// handed over.
     pub fn next_deadline(&self) -> Option<Nanos> {
-        self.retry
+        self.retry.into_iter().chain(self.due).min()
     }
 
     /// The xenstore connection was made anew: watches are gone, and anything may have happened.
@@ -190,7 +281,9 @@ impl<P: Platform> Backend<P> {
             frontend.shutdown(&mut Context { platform, devices });
         }
         self.frontends.clear();
-        self.publish_devices();
+        for device in &mut self.devices {
+            device.give_up(self.platform.physdev());
+        }
     }
 
     /// Looks at every frontend that is known or listed.
@@ -244,6 +337,7 @@ impl<P: Platform> Backend<P> {
             Verdict::Gone => drop(frontends.remove(&link)),
             Verdict::Failed(_) => self.failed(),
         }
+        self.note_due();
         self.publish_devices();
         verdict
     }
@@ -254,7 +348,11 @@ impl<P: Platform> Backend<P> {
             Err(error) => {
                 log::error!("cannot watch {BACKEND}: {error}: no new guest will be served until it works");
                 self.failed();
+                return;
             }
+        }
+        if let Err(error) = self.platform.store().watch(RETRY.0, RETRY.1) {
+            log::warn!("cannot watch {}: {error}", RETRY.0);
         }
     }
 
@@ -266,11 +364,12 @@ impl<P: Platform> Backend<P> {
         let mut nodes = Vec::new();
         let mut removed = true;
         for (device, published) in self.devices.iter().zip(&mut self.published) {
-            if published.as_ref() == Some(&device.state) {
+            let present = Published::of(device);
+            if published.as_ref() == Some(&present) {
                 continue;
             }
             let first = published.is_none();
-            *published = Some(device.state.clone());
+            *published = Some(present);
             for (node, value) in description(device, first) {
                 let path = nodes::published(device.entry.sbdf, node);
                 match value {
@@ -315,9 +414,12 @@ fn description<C: ConfigSpace>(device: &Device<C>, first: bool) -> Vec<(&'static
         nodes.push(("id", Some(id.unwrap_or_default())));
         nodes.extend(device.entry.guest.clone().map(|guest| ("guest", Some(guest))));
         nodes.extend(Some(device.entry.options()).filter(|text| !text.is_empty()).map(|text| ("options", Some(text))));
+        nodes.push(("reset", Some(device.method().word().to_string())));
     }
+    nodes.push(("interrupts", Some(interrupts(device))));
+    nodes.push(("msix", Some(msix(device))));
     let (frontend, reason) = match &device.state {
-        State::Ready => (None, None),
+        State::Ready | State::Resetting => (None, None),
         State::InUse(guest) => (Some(guest.to_string()), None),
         State::Broken(reason) => (None, Some(reason.clone())),
     };
@@ -325,21 +427,22 @@ fn description<C: ConfigSpace>(device: &Device<C>, first: bool) -> Vec<(&'static
     nodes
 }
 
-/// The mode's name and why it is in force.
-fn mode(mode: Mode) -> (&'static str, &'static str) {
-    match mode {
-        Mode::Mmcfg0 => (
-            "mmcfg0",
-            "the command line says that Xen was booted with mmcfg=0, so configuration writes go to the ECAM frames",
-        ),
-        Mode::ReadOnly => {
-            ("read-only", "the command line says mode=read-only: guests' configuration writes are refused")
-        }
-        Mode::Auto => (
-            "read-only",
-            "this version has no way to write on a stock Xen, which would end the domain: guests' configuration writes \
-             are refused; boot Xen with mmcfg=0 and say mode=mmcfg0 to have them",
-        ),
+/// What kind of interrupt a function uses, and how many vectors of it.
+fn interrupts<C: ConfigSpace>(device: &Device<C>) -> String {
+    match device.peek().map(|function| (function.interrupts.kind(), function.interrupts.vectors())) {
+        None | Some((Kind::Line, _)) => Kind::Line.word().to_string(),
+        Some((kind, vectors)) => format!("{} {vectors}", kind.word()),
+    }
+}
+
+/// What the last checks of a function's MSI-X state found.
+fn msix<C: ConfigSpace>(device: &Device<C>) -> String {
+    let Some(function) = device.peek() else { return "unknown".to_string() };
+    match (function.interrupts.msix(), device.stale()) {
+        (None, _) if function.config.hidden().is_some() => "hidden".to_string(),
+        (None, _) => "none".to_string(),
+        (Some(msix), 0) => format!("{} entries", msix.entries),
+        (Some(msix), stale) => format!("{} entries, stale state reset {stale} times", msix.entries),
     }
 }
 
@@ -354,11 +457,21 @@ fn announce<C: ConfigSpace>(device: &Device<C>) {
                 entry.guest.as_deref().map_or_else(|| "any guest".into(), |guest| format!("guest {guest:?} only"));
             let options = entry.options();
             let comma = if options.is_empty() { "" } else { ", " };
-            log::info!("{}: {vendor:04x}:{model:04x} ready, for {guest}{comma}{options}", entry.sbdf);
+            let reset = device.method().word();
+            log::info!("{}: {vendor:04x}:{model:04x}, reset {reset}, for {guest}{comma}{options}", entry.sbdf);
         }
     }
-    for option in entry.not_yet() {
-        log::warn!("{}: {option} is understood but not in force in this version", entry.sbdf);
+    let Some(function) = device.peek() else { return };
+    if let Some(at) = function.config.hidden() {
+        log::warn!("{}: its MSI-X capability at {at:#x} cannot be true, so no guest sees it", entry.sbdf);
+    }
+    if let Some(msix) = function.interrupts.msix().filter(|msix| msix.shares_page()) {
+        let (bar, from, to) = (msix.table.bar, msix.table.start & !0xfff, msix.table.end().next_multiple_of(0x1000));
+        log::info!(
+            "{}: its MSI-X table shares pages {from:#x} to {to:#x} of BAR {bar} with other registers, which a PV guest \
+             cannot write while Xen protects the table",
+            entry.sbdf
+        );
     }
 }
 

@@ -49,7 +49,7 @@ impl EcamWindow {
 /// How configuration space may be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// Find out. In this version: read-only, as nothing allows a write that Xen would not punish.
+    /// Find out: see [`crate::mode`].
     Auto,
     /// The host runs with `mmcfg=0`: ECAM frames may be written.
     Mmcfg0,
@@ -57,7 +57,7 @@ pub enum Mode {
     ReadOnly,
 }
 
-/// How a function is reset between guests. In force with the next version.
+/// How a function is reset between guests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reset {
     /// The first method that the function has.
@@ -68,10 +68,24 @@ pub enum Reset {
     Af,
     /// D3hot and back.
     Pm,
-    /// Secondary bus reset.
+    /// By dom0, which may reset the bus it is on.
     Bus,
     /// None.
     None,
+}
+
+impl Reset {
+    /// The word of the command line.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Reset::Auto => "auto",
+            Reset::Flr => "flr",
+            Reset::Af => "af",
+            Reset::Pm => "pm",
+            Reset::Bus => "bus",
+            Reset::None => "none",
+        }
+    }
 }
 
 /// One `dev=` word.
@@ -121,18 +135,15 @@ impl DeviceConfig {
         if let Some(slot) = self.slot {
             options.push(alloc::format!("slot={slot:x}"));
         }
+        if self.reset != Reset::Auto {
+            options.push(alloc::format!("reset={}", self.reset.word()));
+        }
+        for (given, name) in [(self.strict, "strict"), (!self.msi, "msi=off"), (!self.msix, "msix=off")] {
+            if given {
+                options.push(name.to_string());
+            }
+        }
         options.join(",")
-    }
-
-    /// The options that were given and that this version does not act on yet.
-    pub fn not_yet(&self) -> Vec<&'static str> {
-        let given = [
-            (self.reset != Reset::Auto, "reset="),
-            (self.strict, "strict"),
-            (!self.msi, "msi=off"),
-            (!self.msix, "msix=off"),
-        ];
-        given.into_iter().filter(|(given, _)| *given).map(|(_, name)| name).collect()
     }
 }
 
@@ -371,9 +382,10 @@ mod tests {
     }
 
     #[test]
-    fn options_that_wait_for_the_next_version_are_told() {
-        let (config, _) = parse("ecam=0000:00-ff@b0000000 dev=01:00.0,reset=flr,strict,msi=off,msix=off");
-        assert_eq!(config.devices[0].not_yet(), ["reset=", "strict", "msi=off", "msix=off"]);
+    fn options_read_back_as_they_were_given() {
+        let (config, complaints) = parse("ecam=0000:00-ff@b0000000 dev=01:00.0,reset=flr,strict,msi=off,msix=off");
+        assert_eq!(complaints, []);
+        assert_eq!(config.devices[0].options(), "reset=flr,strict,msi=off,msix=off");
     }
 
     #[test]

@@ -1,28 +1,56 @@
 //! One function this domain owns, from its seizure at start to the guest that has it.
 //!
 //! The state says all: a function in use carries its guest, a broken one its reason. Nothing of one
-//! guest reaches the next: what a guest can set lives in the view that is made for it.
+//! guest reaches the next: what a guest can set lives in the view that is made for it, and between two guests
+//! lies a [`crate::handover`].
 
 use alloc::format;
 use alloc::string::{String, ToString};
 
 use crate::cmdline::DeviceConfig;
+use crate::config::registers::{command, offset};
 use crate::config::{GuestView, VirtualConfig};
-use crate::platform::{ConfigSpace, DomId};
+use crate::handover::{self, HandOver, Image, Method, Progress, Reach, Subject};
+use crate::interrupts::{Interrupts, Means};
+use crate::msix_state::{Clean, Dirty};
+use crate::physdev::{Physdev, PhysdevError};
+use crate::platform::{ConfigSpace, DomId, Nanos, Width};
 use crate::sbdf::Sbdf;
 
-/// A function's hardware access and the virtual configuration space over it.
+/// How long a function needs to come back from D3hot (PCI Power Management 1.2, 5.6.1), and how often it is looked
+/// at after that: 10 milliseconds.
+const WAKE_PAUSE: Nanos = 10_000_000;
+/// How long its guest may take to turn memory decode on again: 2 seconds.
+const WAKE: Nanos = 2_000_000_000;
+
+/// A function's hardware access, the virtual configuration space over it, and its interrupts.
 #[derive(Debug)]
 pub struct Function<C> {
     /// The hardware.
     pub hardware: C,
     /// What a guest sees.
     pub config: VirtualConfig,
+    /// MSI and MSI-X.
+    pub interrupts: Interrupts,
+    /// What the hand-over needs; `None` while this domain may not write.
+    control: Option<Control>,
+}
+
+/// What is known of a function that may be written.
+#[derive(Debug)]
+struct Control {
+    image: Image,
+    /// The function has been ready with this image.
+    proven: bool,
+    method: Method,
+    reach: Reach,
 }
 
 /// Where a function stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum State {
+    /// It is being handed over.
+    Resetting,
     /// It can be attached.
     Ready,
     /// The guest with this domain number has it.
@@ -35,11 +63,23 @@ impl State {
     /// The word that is published.
     pub fn word(&self) -> &'static str {
         match self {
+            State::Resetting => "resetting",
             State::Ready => "ready",
             State::InUse(_) => "in-use",
             State::Broken(_) => "broken",
         }
     }
+}
+
+/// What Xen answered when it was asked whether this domain may act on a function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// It may.
+    Yes,
+    /// It may, but a guest's vectors are mapped.
+    InUse(Dirty),
+    /// It may not, or something else is wrong.
+    No(PhysdevError),
 }
 
 /// A function of the command line.
@@ -50,8 +90,13 @@ pub struct Device<C> {
     /// Where it stands.
     pub state: State,
     function: Option<Function<C>>,
-    /// What the present guest was given.
-    view: Option<GuestView>,
+    /// The guest that has it, and what it was given.
+    owner: Option<(DomId, GuestView)>,
+    handover: Option<HandOver>,
+    /// The guest has woken the function with message interrupts on: when to give them back, and when to give up.
+    waking: Option<(Nanos, Nanos)>,
+    /// How often Xen's MSI-X state was stale and has been reset.
+    stale: u32,
 }
 
 impl<C: ConfigSpace> Device<C> {
@@ -70,13 +115,78 @@ impl<C: ConfigSpace> Device<C> {
                      check with lspci and correct id= or the address",
                     id.0, id.1
                 )),
-                _ => Ok(Function { hardware, config }),
+                _ => {
+                    let interrupts = Interrupts::new(&hardware, &config);
+                    Ok(Function { hardware, config, interrupts, control: None })
+                }
             }
         });
-        match seized {
-            Ok(function) => Device { entry, state: State::Ready, function: Some(function), view: None },
-            Err(reason) => Device { entry, state: State::Broken(reason), function: None, view: None },
+        let (state, function) = match seized {
+            Ok(function) => (State::Ready, Some(function)),
+            Err(reason) => (State::Broken(reason), None),
+        };
+        Device { entry, state, function, owner: None, handover: None, waking: None, stale: 0 }
+    }
+
+    /// Asks Xen whether this domain may act on the function, with a call that changes nothing for anybody else:
+    /// prepare_msix, or for a function without MSI-X the restore of no vectors. Never by a write, which would end
+    /// the domain where the answer is no.
+    pub fn ask<P: Physdev>(&mut self, physdev: &mut P) -> Answer {
+        let sbdf = self.entry.sbdf;
+        let asked = match self.function.as_mut().filter(|function| function.interrupts.msix().is_some()) {
+            Some(function) => function.interrupts.take(physdev, sbdf),
+            None => match physdev.restore_msi(sbdf) {
+                Ok(()) => Ok(()),
+                Err(PhysdevError::Busy) => Err(Dirty::Dom0s),
+                Err(error) => return Answer::No(error),
+            },
+        };
+        match asked {
+            // The call went through. Why memory decode is off is found by the hand-over.
+            Ok(()) | Err(Dirty::Prepare(PhysdevError::NoMemoryDecode)) => match self.check_msi() {
+                Ok(()) => Answer::Yes,
+                Err(dirty) => Answer::InUse(dirty),
+            },
+            Err(Dirty::Prepare(error) | Dirty::Release(error)) if error != PhysdevError::Busy => Answer::No(error),
+            Err(busy) => Answer::InUse(busy),
         }
+    }
+
+    fn check_msi(&self) -> Result<(), Dirty> {
+        self.function.as_ref().map_or(Ok(()), |function| function.interrupts.check_msi(&function.hardware))
+    }
+
+    /// Lets this domain write to the function, and starts its first hand-over; not while a guest's vectors are
+    /// mapped (`busy`), as the function must not be touched then.
+    pub fn control<P: Physdev>(&mut self, reach: Reach, busy: Option<Dirty>, physdev: &mut P, now: Nanos) {
+        let Some(function) = self.function.as_mut() else { return };
+        function.hardware.allow_writes();
+        match Method::choose(&function.hardware, &function.config, self.entry.reset) {
+            Ok(Method::Dom0 | Method::Nothing)
+                if self.entry.strict && self.entry.reset != crate::cmdline::Reset::Bus =>
+            {
+                self.state = State::Broken(
+                    "it has no reset of its own, and strict does not allow it without: say reset=bus, or take strict out"
+                        .to_string(),
+                );
+            }
+            Ok(method) => {
+                let image = Image::take(&function.hardware, &function.config);
+                function.control = Some(Control { image, proven: false, method, reach });
+                let direct = reach == Reach::Direct;
+                function.interrupts.offer(direct && self.entry.msi, direct && self.entry.msix);
+                match busy {
+                    None => self.begin(physdev, now),
+                    Some(dirty) => self.state = State::Broken(dirty.to_string()),
+                }
+            }
+            Err(why) => self.state = State::Broken(why),
+        }
+    }
+
+    /// Says that the function can't be used.
+    pub fn refuse(&mut self, why: String) {
+        self.state = State::Broken(why);
     }
 
     /// Vendor and device id, if the function could be read.
@@ -84,50 +194,229 @@ impl<C: ConfigSpace> Device<C> {
         self.function.as_ref().map(|function| function.config.ids())
     }
 
-    /// Hardware and virtual configuration space.
+    /// How the function is reset; without a right to write, by dom0.
+    pub fn method(&self) -> Method {
+        let control = self.function.as_ref().and_then(|function| function.control.as_ref());
+        control.map_or(Method::Dom0, |control| control.method)
+    }
+
+    /// How often Xen's MSI-X state was stale and has been reset.
+    pub fn stale(&self) -> u32 {
+        self.stale
+    }
+
+    /// The function for the guest that has it. While it is being handed over, nobody has it.
+    pub fn function_of(&mut self, guest: DomId) -> Option<&mut Function<C>> {
+        if self.state == State::InUse(guest) { self.function.as_mut() } else { None }
+    }
+
+    /// Hardware, virtual configuration space and interrupts.
     pub fn function(&mut self) -> Option<&mut Function<C>> {
         self.function.as_mut()
     }
 
-    /// Gives the function to `guest` with a fresh view.
+    /// As [`Device::function`], to look at.
+    pub fn peek(&self) -> Option<&Function<C>> {
+        self.function.as_ref()
+    }
+
+    /// When [`Device::advance`] is to be called.
+    pub fn due(&self) -> Option<Nanos> {
+        self.handover.map(|handover| handover.due()).or(self.waking.map(|(due, _)| due))
+    }
+
+    /// The guest has woken the function from D3hot. Xen's vectors are gone from it then, and only Xen can put them
+    /// back, once the function may be touched and its guest has turned memory decode on again.
+    pub fn woken(&mut self, now: Nanos) {
+        self.waking = Some((now.saturating_add(WAKE_PAUSE), now.saturating_add(WAKE)));
+    }
+
+    fn restore_interrupts<P: Physdev>(&mut self, physdev: &mut P, now: Nanos) {
+        let Some((due, until)) = self.waking.filter(|(due, _)| *due <= now) else { return };
+        self.waking = None;
+        let sbdf = self.entry.sbdf;
+        let Some(function) = self.function.as_ref().filter(|function| function.interrupts.is_mapped()) else { return };
+        let decodes = function.hardware.read(offset::COMMAND, Width::Word) as u16 & command::MEMORY != 0;
+        if !decodes && now < until {
+            self.waking = Some((due.max(now).saturating_add(WAKE_PAUSE), until));
+        } else if let Err(error) = physdev.restore_msi(sbdf) {
+            log::warn!(
+                "{sbdf}: its interrupts are lost: restore_msi_ext answered {error} after its guest woke it from D3hot"
+            );
+        }
+    }
+
+    /// Gives the function to `guest` with a fresh view. Its MSI-X state is checked once more before.
     ///
     /// # Errors
-    /// A sentence that says why it can't be given; the state is as before.
-    pub fn attach(&mut self, guest: DomId, view: GuestView) -> Result<(), String> {
+    /// A sentence that says why it can't be given.
+    pub fn attach<P: Physdev>(&mut self, guest: DomId, view: GuestView, physdev: &mut P) -> Result<(), String> {
         match &self.state {
             State::Ready => {}
+            State::Resetting => return Err("it is being reset: try again in a moment".to_string()),
             State::InUse(owner) => {
                 return Err(format!("domain {owner} has it: detach it there first (xl-pciback detach)"));
             }
             State::Broken(reason) => return Err(reason.clone()),
         }
+        // What does not answer says nothing true of its MSI-X state either.
+        let function = self.function.as_ref().ok_or("it was never seized")?;
+        function.config.check_ids(&function.hardware).map_err(|refusal| refusal.to_string())?;
+        match self.subject(physdev).map(|mut subject| handover::check(&mut subject)) {
+            None | Some(Ok(Clean::Already)) => {}
+            Some(Ok(Clean::Reset)) => self.found_stale(),
+            Some(Err(dirty)) => {
+                self.state = State::Broken(dirty.to_string());
+                return Err(dirty.to_string());
+            }
+        }
         let function = self.function.as_mut().ok_or("it was never seized")?;
         function.config.attach(&mut function.hardware, view).map_err(|refusal| refusal.to_string())?;
-        self.view = Some(view);
+        self.owner = Some((guest, view));
         self.state = State::InUse(guest);
         Ok(())
     }
 
-    /// Takes the function from its guest: bus mastering off, nothing of the guest kept.
-    pub fn detach(&mut self) {
-        // What broke under its guest stays broken, but nothing of the guest stays either.
-        if self.view.take().is_some()
-            && let Some(function) = self.function.as_mut()
-        {
-            function.config.detach(&mut function.hardware);
-        }
-        if let State::InUse(_) = self.state {
-            self.state = State::Ready;
+    /// Takes the function from its guest, and starts its hand-over. Nothing of the guest is kept.
+    pub fn detach<P: Physdev>(&mut self, physdev: &mut P, now: Nanos) {
+        if self.owner.take().is_some() {
+            self.begin(physdev, now);
         }
     }
 
-    /// The guest closed its connection and may open another: as for a new guest, with the same view.
-    pub fn restart(&mut self) {
-        if let (Some(function), Some(view)) = (self.function.as_mut(), self.view) {
-            function.config.detach(&mut function.hardware);
-            if let Err(refusal) = function.config.attach(&mut function.hardware, view) {
-                self.state = State::Broken(refusal.to_string());
+    /// The guest closed its connection and may open another: the function is handed over to the same guest.
+    pub fn restart<P: Physdev>(&mut self, physdev: &mut P, now: Nanos) {
+        if self.owner.is_some() {
+            self.begin(physdev, now);
+        }
+    }
+
+    /// Tries a broken function again, if it is one that a hand-over can mend.
+    pub fn retry<P: Physdev>(&mut self, physdev: &mut P, now: Nanos) {
+        let State::Broken(_) = self.state else { return };
+        let sbdf = self.entry.sbdf;
+        let Some(Function { hardware, config, interrupts, control: Some(control) }) = self.function.as_mut() else {
+            return;
+        };
+        if !control.proven && config.check_ids(hardware).is_err() {
+            // Whether a guest of before uses it can't be seen.
+            return;
+        }
+        let free = match control.reach {
+            // MSI that is on in a function which this domain has had is its own, and goes off.
+            Reach::Direct if control.proven => interrupts.take(physdev, sbdf),
+            Reach::Direct => interrupts.check_msi(hardware).and_then(|()| match interrupts.msix() {
+                Some(_) => interrupts.take(physdev, sbdf),
+                None if physdev.restore_msi(sbdf) == Err(PhysdevError::Busy) => Err(Dirty::Dom0s),
+                None => Ok(()),
+            }),
+            Reach::Hardware => Ok(()),
+        };
+        match free {
+            // The hand-over may turn memory decode on.
+            Ok(()) | Err(Dirty::Prepare(PhysdevError::NoMemoryDecode)) => {
+                if !control.proven {
+                    // dom0 may have mended it.
+                    control.image = Image::take(hardware, config);
+                }
+                self.begin(physdev, now);
+            }
+            // As long as it is not known that no guest's vectors are mapped, the function must not be touched.
+            Err(dirty) => self.state = State::Broken(dirty.to_string()),
+        }
+    }
+
+    /// Does what is due of a hand-over. True if the state has changed.
+    pub fn advance<P: Physdev>(&mut self, physdev: &mut P, now: Nanos) -> bool {
+        let Some(mut handover) = self.handover else {
+            self.restore_interrupts(physdev, now);
+            return false;
+        };
+        let Some(mut subject) = self.subject(physdev) else { return false };
+        let progress = handover.advance(&mut subject, now);
+        match progress {
+            Progress::Until(_) => {
+                self.handover = Some(handover);
+                return false;
+            }
+            Progress::Ready(clean) => {
+                self.handover = None;
+                if clean == Clean::Reset {
+                    self.found_stale();
+                }
+                self.state = State::Ready;
+                if let Some(control) = self.function.as_mut().and_then(|function| function.control.as_mut()) {
+                    control.proven = true;
+                }
+                if let Some((guest, view)) = self.owner.take()
+                    && let Err(why) = self.attach(guest, view, physdev)
+                {
+                    self.owner = Some((guest, view));
+                    self.state = State::Broken(why);
+                }
+            }
+            Progress::Broken(why) => {
+                self.handover = None;
+                self.state = State::Broken(why);
             }
         }
+        if let State::Broken(why) = &self.state {
+            log::error!("{}: broken: {why}", self.entry.sbdf);
+        }
+        true
+    }
+
+    /// This domain ends: the guest's vectors go, bus mastering goes off, and Xen gets the MSI-X table back.
+    pub fn give_up<P: Physdev>(&mut self, physdev: &mut P) {
+        self.owner = None;
+        let sbdf = self.entry.sbdf;
+        let Some(function) = self.function.as_mut() else { return };
+        function.config.detach(&mut function.hardware);
+        let Function { hardware, interrupts, .. } = function;
+        interrupts.disable(&mut Means { hardware, physdev, sbdf, line: false });
+        interrupts.give_back(physdev, sbdf);
+    }
+
+    fn found_stale(&mut self) {
+        self.stale = self.stale.saturating_add(1);
+        log::warn!(
+            "{}: Xen still masked all its MSI-X vectors (MASKALL) from before: the state was reset with release_msix and \
+             prepare_msix",
+            self.entry.sbdf
+        );
+    }
+
+    fn begin<P: Physdev>(&mut self, physdev: &mut P, now: Nanos) {
+        self.waking = None;
+        if self.handover.is_some() {
+            // Nobody has had the function since it began.
+            return;
+        }
+        if let Some(mut subject) = self.subject(physdev) {
+            let handover = HandOver::begin(&mut subject, now);
+            self.handover = Some(handover);
+            self.state = State::Resetting;
+            return;
+        }
+        // Without a right to write there is nothing to do, and nothing was done.
+        let Some(function) = self.function.as_mut() else { return };
+        function.config.detach(&mut function.hardware);
+        if let State::Broken(_) = self.state {
+            return;
+        }
+        self.state = State::Ready;
+        if let Some((guest, view)) = self.owner {
+            match function.config.attach(&mut function.hardware, view) {
+                Ok(()) => self.state = State::InUse(guest),
+                Err(refusal) => self.state = State::Broken(refusal.to_string()),
+            }
+        }
+    }
+
+    fn subject<'a, P: Physdev>(&'a mut self, physdev: &'a mut P) -> Option<Subject<'a, C, P>> {
+        let sbdf = self.entry.sbdf;
+        let Function { hardware, config, interrupts, control } = self.function.as_mut()?;
+        let Control { image, method, reach, .. } = control.as_ref()?;
+        Some(Subject { hardware, config, interrupts, image, method: *method, reach: *reach, physdev, sbdf })
     }
 }

@@ -5,22 +5,23 @@
 //! the toolstack writes it too. States and their meaning: `xen/io/xenbus.h`; who writes which node:
 //! docs/architecture.md.
 
+use alloc::boxed::Box;
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec;
 use alloc::vec::Vec;
 
 use crate::config::{GuestView, Resource};
-use crate::device::Device;
+use crate::device::{Device, State};
 use crate::nodes::{self, Link, XenbusState, decimal};
 use crate::platform::{Channel, ConfigSpace, Platform, Port, SharedPage, Store, StoreError, Transaction};
 use crate::sbdf::Sbdf;
-use crate::serve::{self, Counters, Notice};
+use crate::serve::{self, Counters, Desk, Notice};
 use crate::throttle::Throttle;
 use crate::topology::{DeviceIndex, Topology};
-use crate::wire::{MAGIC, PCIF_ACTIVE};
+use crate::wire::{MAGIC, MAX_VECTORS, MsixEntries, MsixEntry, PCIF_ACTIVE, op};
 
-/// Requests served before the other frontends get their turn.
+/// Configuration accesses served before the other frontends get their turn.
 const REQUESTS_A_TURN: usize = 8;
 
 /// Functions a virtual bus can hold: what `num_devs` may say at most.
@@ -51,6 +52,15 @@ pub enum Verdict {
     Gone,
     /// xenstore failed on the way: the step has to be tried again.
     Failed(StoreError),
+}
+
+/// Whether all functions that are to be exported are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Export {
+    /// All are, or were refused.
+    Complete,
+    /// One is still being reset.
+    Later,
 }
 
 /// One function of the toolstack's list.
@@ -94,9 +104,13 @@ pub struct Frontend<P: Platform> {
     watching: bool,
     /// The frontend did something wrong and must go through another state before it is tried again.
     faulted: bool,
+    /// A listed function is being reset, and this waits for it to end.
+    waiting: bool,
     more: bool,
     throttle: Throttle,
     counters: Counters,
+    /// Room for the MSI-X entries of one request.
+    entries: Box<MsixEntries>,
 }
 
 impl<P: Platform> Frontend<P> {
@@ -108,9 +122,11 @@ impl<P: Platform> Frontend<P> {
             connection: None,
             watching: false,
             faulted: false,
+            waiting: false,
             more: false,
             throttle: Throttle::default(),
             counters: Counters::default(),
+            entries: Box::new([MsixEntry::default(); MAX_VECTORS]),
         }
     }
 
@@ -124,36 +140,61 @@ impl<P: Platform> Frontend<P> {
         self.more
     }
 
-    /// Serves the requests in the shared page, a bounded number of them.
-    pub fn serve(&mut self, cx: &mut Context<'_, P>) {
+    /// Whether a function it waits for was being reset at the last look.
+    pub fn is_waiting(&self) -> bool {
+        self.waiting
+    }
+
+    /// Serves the requests in the shared page, a bounded number of them. True if the interrupts of a function
+    /// were changed.
+    pub fn serve(&mut self, cx: &mut Context<'_, P>) -> bool {
         self.more = false;
-        for turn in 0.. {
-            let Some(connection) = &self.connection else { return };
+        let mut changed = false;
+        let mut left = REQUESTS_A_TURN;
+        while let Some(connection) = &self.connection {
             if connection.page.flags() & PCIF_ACTIVE == 0 {
-                return;
+                break;
             }
-            if turn == REQUESTS_A_TURN {
+            if left == 0 {
                 self.more = true;
-                return;
+                break;
             }
             let request = connection.page.request();
-            let (reply, notice) = serve::execute(&request, &self.topology, cx.devices, &mut self.counters);
+            // An operation on interrupts costs hypercalls by the hundred: it is a turn of its own.
+            left = if matches!(request.cmd, op::CONF_READ | op::CONF_WRITE) { left - 1 } else { 0 };
+            let entries = self.entries.get_mut(..request.entries()).unwrap_or_default();
+            connection.page.msix_entries(entries);
+            let guest = self.link.frontend;
+            let mut desk =
+                Desk { guest, topology: &self.topology, devices: cx.devices, physdev: cx.platform.physdev() };
+            let (reply, mut notice) = serve::execute(&request, entries, &mut desk, &mut self.counters);
             // A client that gave up has taken the request back; its page is not ours to write then.
             if connection.page.flags() & PCIF_ACTIVE != 0 {
+                if reply.err == 0 {
+                    connection.page.reply_vectors(entries);
+                }
                 connection.page.reply(&reply);
                 connection.page.clear_active();
                 connection.channel.notify();
+            } else if let Some(undone) = serve::withdrawn(&request, &reply, &mut desk) {
+                notice = Some(undone);
             }
             if let Some(notice) = notice {
+                changed |= notice.changes_interrupts();
+                if let Notice::Woken(index) = notice
+                    && let Some(device) = cx.devices.get_mut(index)
+                {
+                    device.woken(cx.platform.now());
+                }
                 self.notice(cx, notice, &request);
             }
         }
+        changed
     }
 
     fn notice(&mut self, cx: &mut Context<'_, P>, notice: Notice, request: &crate::wire::RawRequest) {
         let Some(dropped) = self.throttle.allow(cx.platform.now()) else { return };
-        let (Notice::Dropped(index) | Notice::WritesOff(index) | Notice::Denied(index) | Notice::NoMsi(index)) = notice;
-        let Some(device) = cx.devices.get(index) else { return };
+        let Some(device) = cx.devices.get(notice.device()) else { return };
         let (sbdf, guest) = (device.entry.sbdf, self.link.frontend);
         let (offset, size, value) = (request.offset, request.size, request.value);
         let suffix = Suppressed(dropped);
@@ -170,8 +211,25 @@ impl<P: Platform> Frontend<P> {
                 "{sbdf}: domain {guest} wrote {value:#x} ({size} bytes) to {offset:#x}, which is the backend's own to \
                  change: refused{suffix}"
             ),
-            Notice::NoMsi(_) => {
-                log::info!("{sbdf}: domain {guest} asked for MSI or MSI-X: not in this version, it has INTx{suffix}");
+            Notice::Enabled(_) => {
+                let pirqs = device.peek().map_or(&[][..], |function| function.interrupts.pirqs());
+                let kind = device.peek().map_or("", |function| function.interrupts.kind().word());
+                let vectors = device.peek().map_or(0, |function| function.interrupts.vectors());
+                log::info!(
+                    "{sbdf}: domain {guest}: {kind} on, {vectors} vectors, mapped by map_pirq to pirqs {pirqs:?}{suffix}"
+                );
+            }
+            Notice::NotEnabled(_, kind, why) => {
+                log::warn!("{sbdf}: domain {guest}: {} not enabled: {why}{suffix}", kind.word());
+            }
+            Notice::Disabled(_, kind, None) => {
+                log::info!("{sbdf}: domain {guest}: {} off, unmapped by unmap_pirq{suffix}", kind.word());
+            }
+            Notice::Woken(_) => {
+                log::debug!("{sbdf}: domain {guest} woke it from D3hot: Xen will restore its vectors{suffix}");
+            }
+            Notice::Disabled(_, kind, Some(why)) => {
+                log::warn!("{sbdf}: domain {guest}: {} off, but unmap_pirq answered {why}{suffix}", kind.word());
             }
         }
     }
@@ -227,6 +285,10 @@ impl<P: Platform> Frontend<P> {
     fn step(&mut self, cx: &mut Context<'_, P>, own: XenbusState, peer: XenbusState) -> Result<(), StoreError> {
         use XenbusState as S;
         self.release_unlisted(cx)?;
+        if core::mem::take(&mut self.waiting) {
+            // What was released may have been reset meanwhile; that is told in every state.
+            self.sync(cx, false)?;
+        }
         let connected = self.connection.is_some();
         match (own, peer) {
             (S::Unknown | S::Initialising | S::InitWait, _) => {
@@ -246,7 +308,7 @@ impl<P: Platform> Frontend<P> {
                 self.set_state(cx, S::Closed)?;
                 self.reopen(cx, peer)
             }
-            (S::Closing, S::Closing) => self.sync(cx, false),
+            (S::Closing, S::Closing) => self.sync(cx, false).map(drop),
             (S::Closing | S::Closed, _) => self.reopen(cx, peer),
             // It starts anew without having closed; or it waits for a Connected that could not be written.
             (S::Initialised | S::Connected | S::Reconfiguring | S::Reconfigured, S::Initialised) if connected => {
@@ -270,8 +332,11 @@ impl<P: Platform> Frontend<P> {
                 self.open(cx, peer)
             }
             (S::Connected | S::Reconfiguring, S::Reconfiguring) => {
-                self.sync(cx, true)?;
-                self.set_state(cx, S::Reconfigured)
+                if self.sync(cx, true)? == Export::Later {
+                    Ok(())
+                } else {
+                    self.set_state(cx, S::Reconfigured)
+                }
             }
             (S::Reconfigured, S::Connected) => self.set_state(cx, S::Connected),
             _ => Ok(()),
@@ -280,7 +345,9 @@ impl<P: Platform> Frontend<P> {
 
     /// Exports what is listed, goes to Initialised, and connects if the frontend is ready.
     fn open(&mut self, cx: &mut Context<'_, P>, peer: XenbusState) -> Result<(), StoreError> {
-        self.sync(cx, true)?;
+        if self.sync(cx, true)? == Export::Later {
+            return Ok(());
+        }
         self.set_state(cx, XenbusState::Initialised)?;
         if peer == XenbusState::Initialised { self.connect(cx) } else { Ok(()) }
     }
@@ -289,11 +356,11 @@ impl<P: Platform> Frontend<P> {
     fn reopen(&mut self, cx: &mut Context<'_, P>, peer: XenbusState) -> Result<(), StoreError> {
         if peer == XenbusState::Initialised && self.faulted {
             // It is not tried again as it is, but its list of functions is still the toolstack's to change.
-            return self.sync(cx, true);
+            return self.sync(cx, true).map(drop);
         }
         let online = nodes::read_optional(cx.platform.store(), None, &self.link.back("online"))?;
         if online.is_none_or(|online| online == "0") {
-            return self.sync(cx, false);
+            return self.sync(cx, false).map(drop);
         }
         self.faulted = false;
         self.set_state(cx, XenbusState::InitWait)?;
@@ -314,22 +381,33 @@ impl<P: Platform> Frontend<P> {
 
     /// Brings the exported functions in line with the toolstack's list; without `export`, only what is to go
     /// goes.
-    fn sync(&mut self, cx: &mut Context<'_, P>, export: bool) -> Result<(), StoreError> {
+    ///
+    /// A function that is being reset is left for later: it is neither exported nor said to be released before
+    /// that has ended.
+    fn sync(&mut self, cx: &mut Context<'_, P>, export: bool) -> Result<Export, StoreError> {
         for _ in 0..nodes::TRIES {
             let list = self.list(cx)?.unwrap_or_default();
             let mut told = Vec::new();
+            let mut outcome = Export::Complete;
             for (place, function) in list.iter().enumerate() {
+                let device = position(cx.devices, function.sbdf());
+                let wanted = matches!(function.state, XenbusState::Initialising | XenbusState::Initialised) && export;
+                if let (XenbusState::Closing, Some(device)) = (function.state, device) {
+                    self.release(cx, device);
+                }
+                let resetting = device
+                    .and_then(|device| cx.devices.get(device))
+                    .is_some_and(|device| device.state == State::Resetting);
+                if (wanted || function.state == XenbusState::Closing) && resetting {
+                    self.waiting = true;
+                    if wanted {
+                        outcome = Export::Later;
+                    }
+                    continue;
+                }
                 let nodes = match function.state {
-                    XenbusState::Initialising | XenbusState::Initialised if export => {
-                        let before = list.get(..place).unwrap_or_default();
-                        self.export(cx, function, before)
-                    }
-                    XenbusState::Closing => {
-                        if let Some(device) = position(cx.devices, function.sbdf()) {
-                            self.release(cx, device);
-                        }
-                        vec![("state", Some(XenbusState::Closed.text().to_string()))]
-                    }
+                    _ if wanted => self.export(cx, function, list.get(..place).unwrap_or_default()),
+                    XenbusState::Closing => vec![("state", Some(XenbusState::Closed.text().to_string()))],
                     _ => continue,
                 };
                 if !nodes.is_empty() {
@@ -337,7 +415,7 @@ impl<P: Platform> Frontend<P> {
                 }
             }
             if self.tell(cx, &told, export)? {
-                return Ok(());
+                return Ok(outcome);
             }
         }
         Err(StoreError::Again)
@@ -504,9 +582,11 @@ impl<P: Platform> Frontend<P> {
         let permissive = device.entry.permissive || options.split(',').any(|option| option == "permissive=1");
         let slot = device.entry.slot;
         let guest = self.link.frontend;
-        device.attach(guest, GuestView { pirq, resources, permissive, multifunction: false })?;
+        let view = GuestView { pirq, resources, permissive, multifunction: false };
+        device.attach(guest, view, cx.platform.physdev())?;
         let Ok(devfn) = self.topology.add(position, sbdf, slot, function_0_follows) else {
-            device.detach();
+            let now = cx.platform.now();
+            device.detach(cx.platform.physdev(), now);
             return Err("the guest's virtual bus is full".to_string());
         };
         self.refresh_multifunction(cx);
@@ -530,8 +610,9 @@ impl<P: Platform> Frontend<P> {
             return;
         }
         self.topology.remove(index);
+        let now = cx.platform.now();
         if let Some(device) = cx.devices.get_mut(index) {
-            device.detach();
+            device.detach(cx.platform.physdev(), now);
             let Counters { reads, writes, refused_writes, errors } = self.counters;
             log::info!(
                 "{}: released by domain {} (connection: {reads} reads, {writes} writes, {refused_writes} refused, \
@@ -610,9 +691,10 @@ impl<P: Platform> Frontend<P> {
         if let Some(dropped) = self.throttle.allow(cx.platform.now()) {
             log::info!("domain {}: disconnected{}", self.link.frontend, Suppressed(dropped));
         }
+        let now = cx.platform.now();
         for (_, index) in self.topology.entries() {
             if let Some(device) = cx.devices.get_mut(index) {
-                device.restart();
+                device.restart(cx.platform.physdev(), now);
             }
         }
         self.refresh_multifunction(cx);
@@ -620,7 +702,7 @@ impl<P: Platform> Frontend<P> {
 
     /// Tells a connected frontend that the backend goes away.
     pub fn shutdown(&mut self, cx: &mut Context<'_, P>) {
-        self.release_all(cx);
+        self.connection = None;
         for state in [XenbusState::Closing, XenbusState::Closed] {
             // The domain ends; what cannot be written now never will be.
             let _ = self.set_state(cx, state);

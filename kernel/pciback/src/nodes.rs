@@ -191,8 +191,13 @@ pub fn vdev(devfn: u8) -> String {
 /// A node of the folder in which the state of a function is published. xenstored accepts neither
 /// colons nor dots in a path, so the address is written as libxl does in `/libxl/pci`.
 pub fn published(sbdf: Sbdf, node: &str) -> String {
+    format!("{PUBLISHED}/device/{}/{node}", folder(sbdf))
+}
+
+/// The name of that folder.
+pub fn folder(sbdf: Sbdf) -> String {
     let (segment, bus, device, function) = (sbdf.segment(), sbdf.bus(), sbdf.device(), sbdf.function());
-    format!("{PUBLISHED}/device/{segment:04x}-{bus:02x}-{device:02x}-{function:x}/{node}")
+    format!("{segment:04x}-{bus:02x}-{device:02x}-{function:x}")
 }
 
 #[cfg(test)]

@@ -6,8 +6,9 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt;
 
+use crate::physdev::Physdev;
 use crate::sbdf::Sbdf;
-use crate::wire::{RawReply, RawRequest};
+use crate::wire::{MsixEntry, RawReply, RawRequest};
 
 /// A Xen domain number.
 pub type DomId = u16;
@@ -78,6 +79,10 @@ pub trait ConfigSpace {
 
     /// Whether writes reach the hardware.
     fn writable(&self) -> bool;
+
+    /// Lets writes through from now on. On a Xen that protects the frame a write ends the domain, so this is
+    /// called only once it is known that it does not.
+    fn allow_writes(&mut self);
 }
 
 /// The page a frontend granted: `struct xen_pci_sharedinfo` of `xen/io/pciif.h`.
@@ -90,6 +95,13 @@ pub trait SharedPage {
 
     /// Copies the request fields out of the page, each read once.
     fn request(&self) -> RawRequest;
+
+    /// Copies the first entries of `op.msix_entries` out of the page, each read once.
+    fn msix_entries(&self, into: &mut [MsixEntry]);
+
+    /// Writes the `vector` halves of the first entries of `op.msix_entries`; the other halves stay as they are.
+    /// Comes before [`SharedPage::reply`].
+    fn reply_vectors(&self, entries: &[MsixEntry]);
 
     /// Writes the fields a reply may change. Ordered before a following [`SharedPage::clear_active`].
     fn reply(&self, reply: &RawReply);
@@ -197,9 +209,14 @@ pub trait Platform {
     type Channel: Channel;
     /// The xenstore client.
     type Store: Store;
+    /// The physdev hypercalls.
+    type Physdev: Physdev;
 
     /// The xenstore client.
     fn store(&mut self) -> &mut Self::Store;
+
+    /// The physdev hypercalls.
+    fn physdev(&mut self) -> &mut Self::Physdev;
 
     /// Maps the configuration space of `sbdf`. Called once a function, at start.
     ///

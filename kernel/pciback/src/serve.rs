@@ -1,24 +1,17 @@
 //! One request of a frontend, from the copy out of the shared page to the reply.
 //!
-//! Rules: `xen/io/pciif.h`. Nothing here waits, allocates or makes a hypercall; the only effect of a
-//! request is on the function it names.
+//! Rules: `xen/io/pciif.h`. The only effect of a request is on the function it names. Nothing here waits; an access
+//! to configuration space allocates nothing and makes no hypercall, the operations on interrupts make a bounded
+//! number ([`crate::interrupts`]).
 
 use crate::config::Written;
 use crate::device::{Device, Function};
-use crate::platform::{ConfigSpace, Width};
+use crate::interrupts::{EnableError, Kind, Means};
+use crate::physdev::{Physdev, PhysdevError};
+use crate::platform::{ConfigSpace, DomId, Width};
+use crate::sbdf::Sbdf;
 use crate::topology::{DeviceIndex, Topology};
-use crate::wire::{RawReply, RawRequest, WireError};
-
-/// Operation numbers, `XEN_PCI_OP_*`.
-mod op {
-    pub const CONF_READ: u32 = 0;
-    pub const CONF_WRITE: u32 = 1;
-    pub const ENABLE_MSI: u32 = 2;
-    pub const DISABLE_MSI: u32 = 3;
-    pub const ENABLE_MSIX: u32 = 4;
-    pub const DISABLE_MSIX: u32 = 5;
-    pub const ENABLE_MULTI_MSI: u32 = 10;
-}
+use crate::wire::{MsixEntry, RawReply, RawRequest, WireError, op};
 
 /// Counters of one frontend.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -42,77 +35,215 @@ pub enum Notice {
     WritesOff(DeviceIndex),
     /// The first write of this guest to this function that only the backend may make.
     Denied(DeviceIndex),
-    /// The guest asked for MSI or MSI-X.
-    NoMsi(DeviceIndex),
+    /// Message interrupts were turned on.
+    Enabled(DeviceIndex),
+    /// They were asked for and are not on.
+    NotEnabled(DeviceIndex, Kind, EnableError),
+    /// They were on and are off; and what Xen said if it did not unmap them.
+    Disabled(DeviceIndex, Kind, Option<PhysdevError>),
+    /// The guest has woken the function from D3hot while message interrupts were on.
+    Woken(DeviceIndex),
 }
 
-/// Carries out one request.
-pub fn execute<C: ConfigSpace>(
+impl Notice {
+    /// The function it is about.
+    pub const fn device(&self) -> DeviceIndex {
+        match *self {
+            Notice::Dropped(index)
+            | Notice::WritesOff(index)
+            | Notice::Denied(index)
+            | Notice::Enabled(index)
+            | Notice::NotEnabled(index, ..)
+            | Notice::Disabled(index, ..)
+            | Notice::Woken(index) => index,
+        }
+    }
+
+    /// Whether the function's interrupts are others than before, or are to be restored.
+    pub const fn changes_interrupts(&self) -> bool {
+        matches!(self, Notice::Enabled(_) | Notice::Disabled(..) | Notice::Woken(_))
+    }
+}
+
+/// What a request may reach.
+pub struct Desk<'a, C, P> {
+    /// The guest that asks.
+    pub guest: DomId,
+    /// Its virtual bus.
+    pub topology: &'a Topology,
+    /// All functions of this domain.
+    pub devices: &'a mut [Device<C>],
+    /// Xen.
+    pub physdev: &'a mut P,
+}
+
+impl<C: ConfigSpace, P: Physdev> Desk<'_, C, P> {
+    /// The function a request names, if the guest has it.
+    fn target(&mut self, request: &RawRequest) -> Option<(DeviceIndex, Sbdf, &mut Function<C>, &mut P)> {
+        let index = self.topology.find(request.domain, request.bus, request.devfn)?;
+        let device = self.devices.get_mut(index)?;
+        let sbdf = device.entry.sbdf;
+        Some((index, sbdf, device.function_of(self.guest)?, self.physdev))
+    }
+}
+
+/// Carries out one request. `entries` are the MSI-X entries it brought along, as many as it says up to the most
+/// that fit; with a reply without error their vectors are the guest's pirqs.
+pub fn execute<C: ConfigSpace, P: Physdev>(
     request: &RawRequest,
-    topology: &Topology,
-    devices: &mut [Device<C>],
+    entries: &mut [MsixEntry],
+    desk: &mut Desk<'_, C, P>,
     counters: &mut Counters,
 ) -> (RawReply, Option<Notice>) {
-    let found = topology.find(request.domain, request.bus, request.devfn);
-    let target = found.and_then(|index| Some((index, devices.get_mut(index)?.function()?)));
-    let (outcome, notice) = match target {
-        Some((index, function)) => operate(request, index, function, counters),
-        None => (Err(WireError::DeviceNotFound), None),
-    };
-    let reply = match outcome {
-        Ok(value) => RawReply { err: 0, value },
-        Err(error) => {
-            counters.errors = counters.errors.saturating_add(1);
-            RawReply { err: error.code(), value: 0 }
+    let guest = desk.guest;
+    let (reply, notice) = match desk.target(request) {
+        Some((index, _, function, _)) if matches!(request.cmd, op::CONF_READ | op::CONF_WRITE) => {
+            let (outcome, notice) = access(request, index, function, counters);
+            (reply(outcome), notice)
         }
+        Some((index, sbdf, function, physdev)) => {
+            let mut turn = Turn { request, index, sbdf, function, physdev };
+            match request.cmd {
+                op::ENABLE_MSI => turn.enable_msi(guest, 1),
+                op::ENABLE_MULTI_MSI => turn.enable_msi(guest, request.info),
+                op::ENABLE_MSIX => turn.enable_msix(guest, entries),
+                op::DISABLE_MSI | op::DISABLE_MSIX => turn.disable(),
+                _ => (reply(Err(WireError::NotImplemented)), None),
+            }
+        }
+        None => (reply(Err(WireError::DeviceNotFound)), None),
     };
+    if reply.err != 0 {
+        counters.errors = counters.errors.saturating_add(1);
+    }
     (reply, notice)
 }
 
-fn operate<C: ConfigSpace>(
+/// The client has given the request up before the reply: it takes it for failed, so what it turned on goes off
+/// again.
+pub fn withdrawn<C: ConfigSpace, P: Physdev>(
+    request: &RawRequest,
+    reply: &RawReply,
+    desk: &mut Desk<'_, C, P>,
+) -> Option<Notice> {
+    if reply.err != 0 || !matches!(request.cmd, op::ENABLE_MSI | op::ENABLE_MSIX | op::ENABLE_MULTI_MSI) {
+        return None;
+    }
+    let (index, sbdf, function, physdev) = desk.target(request)?;
+    Turn { request, index, sbdf, function, physdev }.disable().1
+}
+
+fn reply(outcome: Result<u32, WireError>) -> RawReply {
+    match outcome {
+        Ok(value) => RawReply { err: 0, value },
+        Err(error) => RawReply { err: error.code(), value: 0 },
+    }
+}
+
+fn access<C: ConfigSpace>(
     request: &RawRequest,
     index: DeviceIndex,
     function: &mut Function<C>,
     counters: &mut Counters,
 ) -> (Result<u32, WireError>, Option<Notice>) {
-    let Function { hardware, config } = function;
-    match request.cmd {
-        op::CONF_READ => {
-            counters.reads = counters.reads.saturating_add(1);
-            (config.read(hardware, request.offset, request.size), None)
+    let Function { hardware, config, interrupts, .. } = function;
+    if request.cmd == op::CONF_READ {
+        counters.reads = counters.reads.saturating_add(1);
+        return (config.read(hardware, request.offset, request.size), None);
+    }
+    counters.writes = counters.writes.saturating_add(1);
+    let mask = Width::from_bytes(request.size).map_or(0, Width::mask);
+    match config.write(hardware, request.offset, request.size, request.value & mask) {
+        Ok(written) => {
+            let notice = match written {
+                Written::Done if config.take_woken() && interrupts.is_mapped() => Some(Notice::Woken(index)),
+                Written::Done => None,
+                Written::Dropped { first } => first.then_some(Notice::Dropped(index)),
+                Written::Denied { first } if hardware.writable() => first.then_some(Notice::Denied(index)),
+                Written::Denied { first } => first.then_some(Notice::WritesOff(index)),
+            };
+            if written != Written::Done {
+                counters.refused_writes = counters.refused_writes.saturating_add(1);
+            }
+            (written.answer().map(|()| request.value), notice)
         }
-        op::CONF_WRITE => {
-            counters.writes = counters.writes.saturating_add(1);
-            let mask = Width::from_bytes(request.size).map_or(0, Width::mask);
-            match config.write(hardware, request.offset, request.size, request.value & mask) {
-                Ok(written) => {
-                    let notice = match written {
-                        Written::Done => None,
-                        Written::Dropped { first } => first.then_some(Notice::Dropped(index)),
-                        Written::Denied { first } if hardware.writable() => first.then_some(Notice::Denied(index)),
-                        Written::Denied { first } => first.then_some(Notice::WritesOff(index)),
-                    };
-                    let outcome = match written {
-                        Written::Denied { .. } => Err(WireError::AccessDenied),
-                        _ => Ok(request.value),
-                    };
-                    if written != Written::Done {
-                        counters.refused_writes = counters.refused_writes.saturating_add(1);
-                    }
-                    (outcome, notice)
-                }
-                Err(error) => {
-                    counters.refused_writes = counters.refused_writes.saturating_add(1);
-                    (Err(error), None)
-                }
+        Err(error) => {
+            counters.refused_writes = counters.refused_writes.saturating_add(1);
+            (Err(error), None)
+        }
+    }
+}
+
+/// One operation on interrupts.
+struct Turn<'a, C, P> {
+    request: &'a RawRequest,
+    index: DeviceIndex,
+    sbdf: Sbdf,
+    function: &'a mut Function<C>,
+    physdev: &'a mut P,
+}
+
+impl<C: ConfigSpace, P: Physdev> Turn<'_, C, P> {
+    fn enable_msi(&mut self, guest: DomId, count: u32) -> (RawReply, Option<Notice>) {
+        let line = self.function.config.wants_line();
+        let Function { hardware, interrupts, config, .. } = &mut *self.function;
+        let mut means = Means { hardware, physdev: &mut *self.physdev, sbdf: self.sbdf, line };
+        match interrupts.enable_msi(&mut means, guest, count) {
+            Ok(pirq) => {
+                config.set_messages(true);
+                // Checked to be above 0.
+                (RawReply { err: 0, value: pirq.cast_unsigned() }, Some(Notice::Enabled(self.index)))
+            }
+            Err(why) => {
+                // Only the operation for several has a place for "fewer would do".
+                let fewer = match why {
+                    EnableError::TooMany(vectors) => u32::from(vectors),
+                    EnableError::Map(_, PhysdevError::NoPirq | PhysdevError::NotSupported) => count / 2,
+                    _ => 0,
+                };
+                let value = if self.request.cmd == op::ENABLE_MULTI_MSI { fewer } else { 0 };
+                let error = match why {
+                    EnableError::NotOffered => WireError::NotImplemented,
+                    _ => WireError::OpFailed,
+                };
+                (RawReply { err: error.code(), value }, Some(Notice::NotEnabled(self.index, Kind::Msi, why)))
             }
         }
-        // INTx is the interrupt of this version. The client falls back to it by itself.
-        op::ENABLE_MSI | op::ENABLE_MSIX | op::ENABLE_MULTI_MSI => {
-            (Err(WireError::NotImplemented), Some(Notice::NoMsi(index)))
+    }
+
+    fn enable_msix(&mut self, guest: DomId, entries: &mut [MsixEntry]) -> (RawReply, Option<Notice>) {
+        let line = self.function.config.wants_line();
+        let Function { hardware, interrupts, config, .. } = &mut *self.function;
+        let table = interrupts.msix().map(|msix| msix.table);
+        let base = table.and_then(|table| config.memory(table)).unwrap_or(0);
+        let mut means = Means { hardware, physdev: &mut *self.physdev, sbdf: self.sbdf, line };
+        // More than fit in a request: the entries were cut, and a part is not what was asked for.
+        let outcome = if entries.len() == self.request.value as usize {
+            interrupts.enable_msix(&mut means, guest, base, entries)
+        } else {
+            Err(EnableError::BadRequest)
+        };
+        match outcome {
+            Ok(()) => {
+                config.set_messages(true);
+                (RawReply { err: 0, value: 0 }, Some(Notice::Enabled(self.index)))
+            }
+            Err(why) => {
+                let reply = RawReply { err: why.msix_code(), value: self.request.value };
+                (reply, Some(Notice::NotEnabled(self.index, Kind::Msix, why)))
+            }
         }
-        // Nothing is on, so nothing is left to do: the line interrupt goes on.
-        op::DISABLE_MSI | op::DISABLE_MSIX => (Ok(config.pirq().into()), None),
-        _ => (Err(WireError::NotImplemented), None),
+    }
+
+    /// Either disable operation: Linux guests from 5.17 give up MSI-X with disable_msi.
+    fn disable(&mut self) -> (RawReply, Option<Notice>) {
+        let line = self.function.config.wants_line();
+        let Function { hardware, interrupts, config, .. } = &mut *self.function;
+        let kind = interrupts.kind();
+        let mut means = Means { hardware, physdev: &mut *self.physdev, sbdf: self.sbdf, line };
+        let left = interrupts.disable(&mut means);
+        config.set_messages(false);
+        let notice = (kind != Kind::Line).then_some(Notice::Disabled(self.index, kind, left));
+        (RawReply { err: 0, value: config.pirq().into() }, notice)
     }
 }

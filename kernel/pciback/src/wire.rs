@@ -49,9 +49,22 @@ pub mod offset {
     pub const END: usize = 572;
 }
 
+/// One element of `op.msix_entries`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[doc(alias = "xen_msix_entry")]
+pub struct MsixEntry {
+    /// The guest's pirq, in a reply.
+    pub vector: u16,
+    /// Index into the function's table.
+    pub entry: u16,
+}
+
+/// The elements of one request: room for all that it can carry.
+pub type MsixEntries = [MsixEntry; MAX_VECTORS];
+
 /// A request as copied out of the shared page: nothing in it has been checked.
 ///
-/// The MSI-X entries are not part of it: no operation of this version reads them.
+/// The MSI-X entries are not part of it: only the operation that needs them copies them, also once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[doc(alias = "xen_pci_op")]
 pub struct RawRequest {
@@ -69,6 +82,33 @@ pub struct RawRequest {
     pub size: i32,
     /// Value to write, or vector count.
     pub value: u32,
+    /// Vector count of enable_multi_msi.
+    pub info: u32,
+}
+
+impl RawRequest {
+    /// How many MSI-X entries the request has, if it is one of enable_msix: what it says, up to the most that fit.
+    pub fn entries(&self) -> usize {
+        if self.cmd == op::ENABLE_MSIX { (self.value as usize).min(MAX_VECTORS) } else { 0 }
+    }
+}
+
+/// Operation numbers, `XEN_PCI_OP_*`.
+pub mod op {
+    /// Reads configuration space.
+    pub const CONF_READ: u32 = 0;
+    /// Writes configuration space.
+    pub const CONF_WRITE: u32 = 1;
+    /// Turns on MSI with one vector.
+    pub const ENABLE_MSI: u32 = 2;
+    /// Turns off MSI.
+    pub const DISABLE_MSI: u32 = 3;
+    /// Turns on MSI-X.
+    pub const ENABLE_MSIX: u32 = 4;
+    /// Turns off MSI-X.
+    pub const DISABLE_MSIX: u32 = 5;
+    /// Turns on MSI with several vectors; Linux's client does not have it.
+    pub const ENABLE_MULTI_MSI: u32 = 10;
 }
 
 /// The fields of a reply.

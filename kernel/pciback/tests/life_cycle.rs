@@ -2,10 +2,7 @@
 
 mod model;
 
-use model::{boot, boot_in};
-
-const ONE: &str = "dev=0000:01:00.0";
-const NIC: &str = "0000:01:00.0";
+use model::{NIC, ONE, boot, boot_in};
 
 #[test]
 fn a_guest_attaches_connects_and_reads_its_card() {
@@ -164,7 +161,7 @@ fn a_reboot_loop_with_new_domain_numbers_leaks_nothing() {
         guest.destroy(&mut rig);
     }
     assert_eq!(rig.world.nodes.borrow().len(), before);
-    assert_eq!(rig.world.watches.borrow().len(), 1);
+    assert_eq!(rig.world.watches.borrow().len(), model::OWN_WATCHES);
     assert_eq!((rig.world.mapped.get(), rig.world.bound.get()), (0, 0));
 }
 

@@ -114,6 +114,53 @@ pub struct RunstateInfo {
     pub time: [u64; 4],
 }
 
+/// `struct physdev_map_pirq` of `xen/physdev.h`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[doc(alias = "physdev_map_pirq")]
+pub struct MapPirq {
+    /// In: the domain to map into.
+    pub domid: u16,
+    /// In: `MAP_PIRQ_TYPE_*`.
+    pub kind: i32,
+    /// In: a GSI, or -1.
+    pub index: i32,
+    /// In: the pirq wished, or -1; out: the pirq.
+    pub pirq: i32,
+    /// In: segment << 16 | bus.
+    pub bus: i32,
+    /// In: device << 3 | function.
+    pub devfn: i32,
+    /// In: index into the MSI-X table, or number of MSI vectors.
+    pub entry_nr: i32,
+    /// In: address of the BAR with the MSI-X table; 0 for MSI.
+    pub table_base: u64,
+}
+
+/// `struct physdev_unmap_pirq` of `xen/physdev.h`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[doc(alias = "physdev_unmap_pirq")]
+pub struct UnmapPirq {
+    /// The domain it is mapped into.
+    pub domid: u16,
+    /// The pirq there.
+    pub pirq: i32,
+}
+
+/// `struct physdev_pci_device` of `xen/physdev.h`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[doc(alias = "physdev_pci_device")]
+pub struct PciDevice {
+    /// Segment.
+    pub seg: u16,
+    /// Bus.
+    pub bus: u8,
+    /// Device << 3 | function.
+    pub devfn: u8,
+}
+
 /// Offsets in `struct xencons_interface` of `xen/io/console.h`.
 pub mod xencons {
     /// `out` ring, bytes to the console daemon.
@@ -198,6 +245,10 @@ const _: () = {
     assert!(size_of::<E820Entry>() == 20);
     assert!(size_of::<HvmParam>() == 16 && offset_of!(HvmParam, value) == 8);
     assert!(size_of::<RunstateInfo>() == 48 && offset_of!(RunstateInfo, time) == 16);
+    assert!(size_of::<MapPirq>() == 40 && offset_of!(MapPirq, kind) == 4 && offset_of!(MapPirq, entry_nr) == 24);
+    assert!(offset_of!(MapPirq, table_base) == 32);
+    assert!(size_of::<UnmapPirq>() == 8 && offset_of!(UnmapPirq, pirq) == 4);
+    assert!(size_of::<PciDevice>() == 4 && offset_of!(PciDevice, devfn) == 3);
     assert!(size_of::<xen_sys::vcpu_time_info>() == 32 && size_of::<xen_sys::vcpu_info>() == 64);
     assert!(shared_info::EVTCHN_PENDING == 2048 && shared_info::EVTCHN_MASK == 2560);
     assert!(shared_info::TIME == 32);

@@ -132,6 +132,15 @@ pub unsafe fn hvm_op<T>(cmd: u32, arg: &mut T) -> Result<u64, Errno> {
     unsafe { call::<{ xen_sys::__HYPERVISOR_hvm_op }>(u64::from(cmd), core::ptr::from_mut(arg) as u64, 0) }
 }
 
+/// `HYPERVISOR_physdev_op`.
+///
+/// # Safety
+/// `arg` is the structure that `cmd` expects.
+pub unsafe fn physdev_op<T>(cmd: u32, arg: &mut T) -> Result<u64, Errno> {
+    // SAFETY: by this function's contract.
+    unsafe { call::<{ xen_sys::__HYPERVISOR_physdev_op }>(u64::from(cmd), core::ptr::from_mut(arg) as u64, 0) }
+}
+
 /// `HYPERVISOR_vcpu_op` for one vCPU.
 ///
 /// # Safety

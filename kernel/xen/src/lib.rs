@@ -17,6 +17,7 @@ pub mod halt_poll;
 pub mod hypercall;
 pub mod memory;
 pub mod page;
+pub mod physdev;
 pub mod port_e9;
 pub mod sched;
 pub mod store;

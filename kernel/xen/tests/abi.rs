@@ -11,6 +11,7 @@ use std::process::Command;
 
 use pciback::wire;
 use xen_guest::abi::{AddToPhysmap, HvmParam, MapGrantRef, MemoryMap, RunstateInfo, UnmapGrantRef};
+use xen_guest::abi::{MapPirq, PciDevice, UnmapPirq};
 use xen_guest::abi::{shared_info, time_info, xencons, xenstore};
 
 /// C expression, and what it must be.
@@ -34,6 +35,10 @@ fn expectations() -> Vec<(String, u64)> {
     structure!(HvmParam, "struct xen_hvm_param": domid = "domid", index = "index", value = "value");
     structure!(RunstateInfo, "struct vcpu_runstate_info": state = "state", state_entry_time = "state_entry_time",
         time = "time");
+    structure!(MapPirq, "struct physdev_map_pirq": domid = "domid", kind = "type", index = "index", pirq = "pirq",
+        bus = "bus", devfn = "devfn", entry_nr = "entry_nr", table_base = "table_base");
+    structure!(UnmapPirq, "struct physdev_unmap_pirq": domid = "domid", pirq = "pirq");
+    structure!(PciDevice, "struct physdev_pci_device": seg = "seg", bus = "bus", devfn = "devfn");
     structure!(xen_sys::sched_poll, "struct sched_poll": ports = "ports", nr_ports = "nr_ports", timeout = "timeout");
     structure!(xen_sys::sched_shutdown, "struct sched_shutdown": reason = "reason");
     structure!(xen_sys::evtchn_bind_interdomain, "struct evtchn_bind_interdomain": remote_dom = "remote_dom",
@@ -126,6 +131,16 @@ fn expectations() -> Vec<(String, u64)> {
         ("__HYPERVISOR_sched_op", xen_sys::__HYPERVISOR_sched_op as usize),
         ("__HYPERVISOR_grant_table_op", xen_sys::__HYPERVISOR_grant_table_op as usize),
         ("__HYPERVISOR_vcpu_op", xen_sys::__HYPERVISOR_vcpu_op as usize),
+        ("PHYSDEVOP_map_pirq", 13),
+        ("PHYSDEVOP_unmap_pirq", 14),
+        ("PHYSDEVOP_restore_msi_ext", 27),
+        ("PHYSDEVOP_prepare_msix", 30),
+        ("PHYSDEVOP_release_msix", 31),
+        ("MAP_PIRQ_TYPE_MSI_SEG", 3),
+        ("MAP_PIRQ_TYPE_MULTI_MSI", 4),
+        ("XEN_PCI_OP_enable_multi_msi", wire::op::ENABLE_MULTI_MSI as usize),
+        ("XEN_PCI_OP_enable_msix", wire::op::ENABLE_MSIX as usize),
+        ("__HYPERVISOR_physdev_op", xen_sys::__HYPERVISOR_physdev_op as usize),
         ("__HYPERVISOR_hvm_op", xen_sys::__HYPERVISOR_hvm_op as usize),
         ("EVTCHNOP_bind_interdomain", xen_sys::EVTCHNOP_bind_interdomain as usize),
         ("EVTCHNOP_close", xen_sys::EVTCHNOP_close as usize),
@@ -150,6 +165,7 @@ fn program(expectations: &[(String, u64)]) -> String {
         "grant_table.h",
         "memory.h",
         "event_channel.h",
+        "physdev.h",
         "sched.h",
         "vcpu.h",
         "hvm/hvm_op.h",

@@ -195,6 +195,8 @@ impl Bar {
 #[derive(Clone, Copy, Debug)]
 pub struct Bars {
     bars: [Bar; BARS + 1],
+    /// Address and size of each that is memory, else zeros.
+    memory: [(u64, u64); BARS],
     /// The Command bits that turn on decoding of what the list names.
     pub decode: u16,
 }
@@ -205,11 +207,16 @@ impl Bars {
     /// # Errors
     /// [`Refusal::Resource`] or [`Refusal::Bar`] with the first register that does not fit.
     pub fn new<C: ConfigSpace>(hardware: &C, list: &[Resource; 7]) -> Result<Bars, Refusal> {
-        let mut bars = Bars { bars: [Bar::absent(low::MEMORY_MASK); BARS + 1], decode: 0 };
+        let mut bars = Bars { bars: [Bar::absent(low::MEMORY_MASK); BARS + 1], memory: [(0, 0); BARS], decode: 0 };
         for resource in list.iter().filter(|resource| resource.usable()) {
             bars.decode |= if resource.is_io() { command::IO } else { command::MEMORY };
         }
         let [registers @ .., rom] = list;
+        for (memory, resource) in bars.memory.iter_mut().zip(registers) {
+            if resource.usable() && !resource.is_io() {
+                *memory = (resource.start, (resource.end - resource.start).saturating_add(1));
+            }
+        }
         let mut halves = bars.bars.iter_mut().zip(registers).enumerate();
         while let Some((index, (bar, resource))) = halves.next() {
             if !resource.in_register() {
@@ -227,6 +234,11 @@ impl Bars {
         }
         bars.bars[ROM] = rom_bar(hardware, rom)?;
         Ok(bars)
+    }
+
+    /// Address of memory BAR `index`, if it has at least `size` bytes.
+    pub fn memory(&self, index: usize, size: u64) -> Option<u64> {
+        self.memory.get(index).filter(|(start, has)| *start != 0 && size <= *has).map(|(start, _)| *start)
     }
 
     /// Register `index`: 0 to 5, or [`ROM`].

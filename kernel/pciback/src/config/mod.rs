@@ -7,7 +7,8 @@
 //! XSA-128; where this differs on purpose, a comment says so.
 
 mod bars;
-mod registers;
+mod msi;
+pub mod registers;
 #[cfg(test)]
 mod tests;
 
@@ -16,8 +17,10 @@ use core::fmt;
 
 pub use self::bars::Resource;
 use self::bars::{BarWrite, Bars};
+pub use self::msi::{Msi, Msix, Place, msi_control, msix_control};
 use self::registers::{
-    BIST_START, MULTIFUNCTION, NO_VENDOR, SPACE, VPD_WRITE, command, offset as header, power, table,
+    BIST_START, Found, MULTIFUNCTION, NO_VENDOR, SPACE, VPD_WRITE, capability, command, offset as header, power, table,
+    walk,
 };
 pub use self::registers::{Name, Register, Rule};
 use crate::platform::{ConfigSpace, Width, WritesOff};
@@ -188,6 +191,11 @@ pub struct VirtualConfig {
     vendor: u16,
     device: u16,
     table: Vec<Register>,
+    capabilities: Vec<Found>,
+    /// MSI or MSI-X is on, so the function does not use its interrupt pin.
+    messages: bool,
+    /// The guest has woken the function from D3hot, on which it may have lost what Xen wrote into it.
+    woken: bool,
     guest: Option<Guest>,
 }
 
@@ -202,12 +210,65 @@ impl VirtualConfig {
         if kind != 0 {
             return Err(Refusal::HeaderType(kind));
         }
-        Ok(VirtualConfig { vendor, device, table: table(hardware), guest: None })
+        let capabilities = walk(hardware);
+        let table = table(hardware, &capabilities);
+        Ok(VirtualConfig { vendor, device, table, capabilities, messages: false, woken: false, guest: None })
+    }
+
+    /// Offset of the first capability with this id that is shown.
+    pub fn capability(&self, id: u8) -> Option<u16> {
+        let mut shown = self.capabilities.iter().filter(|found| !found.hidden);
+        shown.find(|found| found.id == id).map(|found| found.offset)
+    }
+
+    /// Offset of a capability that is not shown because what it says cannot be.
+    pub fn hidden(&self) -> Option<u16> {
+        self.capabilities.iter().find(|found| found.hidden).map(|found| found.offset)
+    }
+
+    /// The MSI capability, as the device has it now.
+    pub fn msi<C: ConfigSpace>(&self, hardware: &C) -> Option<Msi> {
+        self.capability(capability::MSI).map(|offset| Msi::read(hardware, offset))
+    }
+
+    /// The MSI-X capability, as the device has it now.
+    pub fn msix<C: ConfigSpace>(&self, hardware: &C) -> Option<Msix> {
+        self.capability(capability::MSIX).map(|offset| Msix::read(hardware, offset))
+    }
+
+    /// Address of the memory BAR that `place` lies in, if the guest was given it and it is large enough.
+    pub fn memory(&self, place: Place) -> Option<u64> {
+        self.guest.as_ref().and_then(|guest| guest.bars.memory(usize::from(place.bar), place.end()))
+    }
+
+    /// Says that MSI or MSI-X is on, or off: with it the function does not use its interrupt pin, whatever the
+    /// guest writes.
+    pub fn set_messages(&mut self, on: bool) {
+        self.messages = on;
+    }
+
+    /// Whether the guest has woken the function from D3hot since the last call.
+    pub fn take_woken(&mut self) -> bool {
+        core::mem::take(&mut self.woken)
+    }
+
+    /// Whether the guest has turned the function on, so that its interrupt pin must work while neither MSI nor
+    /// MSI-X is on.
+    pub fn wants_line(&self) -> bool {
+        self.guest.is_some_and(|guest| guest.command & command::DECODE != 0)
     }
 
     /// Vendor and device id.
     pub fn ids(&self) -> (u16, u16) {
         (self.vendor, self.device)
+    }
+
+    /// Looks whether the function answers as the one that was seized.
+    ///
+    /// # Errors
+    /// [`Refusal::NoAnswer`] or [`Refusal::Replaced`].
+    pub fn check_ids<C: ConfigSpace>(&self, hardware: &C) -> Result<(), Refusal> {
+        if hardware_ids(hardware)? == self.ids() { Ok(()) } else { Err(Refusal::Replaced) }
     }
 
     /// The table, by ascending offset.
@@ -228,9 +289,7 @@ impl VirtualConfig {
     /// Why this guest cannot have it; the function is with no guest then.
     pub fn attach<C: ConfigSpace>(&mut self, hardware: &mut C, view: GuestView) -> Result<(), Refusal> {
         self.guest = None;
-        if hardware_ids(hardware)? != self.ids() {
-            return Err(Refusal::Replaced);
-        }
+        self.check_ids(hardware)?;
         let bars = Bars::new(hardware, &view.resources)?;
         for register in self.table.iter().filter(|register| register.name == Name::PowerControl) {
             let held = hardware.read(register.offset, Width::Word) as u16;
@@ -303,7 +362,8 @@ impl VirtualConfig {
         let mut worst = Outcome::Done;
         for register in overlapping(&self.table, access) {
             let part = Part::new(register, access, value);
-            worst = worst.max(guest.write(&self.table, ids, hardware, &part));
+            self.woken |= register.name == Name::PowerControl && wakes(hardware, &part);
+            worst = worst.max(guest.write(&self.table, ids, hardware, &part, self.messages));
         }
         Ok(match worst {
             Outcome::Done => Written::Done,
@@ -422,6 +482,9 @@ impl Guest {
             Name::Bar(index) => self.bars.get(usize::from(index)).map(bars::Bar::read),
             Name::Rom => self.bars.get(bars::ROM).map(bars::Bar::read),
             Name::InterruptLine => Some(u32::from(self.pirq)),
+            Name::Hidden => Some(0),
+            Name::CapabilityPointer(first) => Some(u32::from(first)),
+            Name::CapabilityHeader { id, next } => Some(u32::from(id) | u32::from(next) << 8),
             Name::PowerCapabilities => {
                 Some(hardware.read(register.offset, Width::Word) & !u32::from(power::PME_SUPPORT))
             }
@@ -432,11 +495,9 @@ impl Guest {
             | Name::Bist
             | Name::CardbusCis
             | Name::Subsystem
-            | Name::CapabilityPointer
             | Name::Reserved
             | Name::InterruptPin
             | Name::Timing
-            | Name::CapabilityHeader(_)
             | Name::PowerControl
             | Name::PowerData
             | Name::VpdAddress
@@ -456,9 +517,10 @@ impl Guest {
         ids: (u16, u16),
         hardware: &mut C,
         part: &Part<'_>,
+        messages: bool,
     ) -> Outcome {
         match part.register.name {
-            Name::Command => self.write_command(hardware, part),
+            Name::Command => self.write_command(hardware, part, messages),
             Name::CacheLine => write_if_changed(hardware, part.start, Width::Byte, part.value),
             Name::Bist => write_bist(hardware, part.value as u8),
             Name::Bar(index) => self.write_bar(hardware, usize::from(index), part),
@@ -479,12 +541,13 @@ impl Guest {
             | Name::HeaderType
             | Name::CardbusCis
             | Name::Subsystem
-            | Name::CapabilityPointer
+            | Name::CapabilityPointer(_)
             | Name::Reserved
             | Name::InterruptLine
             | Name::InterruptPin
             | Name::Timing
-            | Name::CapabilityHeader(_)
+            | Name::CapabilityHeader { .. }
+            | Name::Hidden
             | Name::PowerCapabilities
             | Name::PowerData
             | Name::VpdData
@@ -510,8 +573,8 @@ impl Guest {
     /// Decoding goes on in the device when the guest turns it on and stays on; bus mastering and
     /// memory-write-and-invalidate follow the guest; the other bits are the guest's notepad, or,
     /// for a permissive guest, follow too. Interrupt disable goes off in the device when the guest
-    /// turns on decoding, and is the guest's notepad after that.
-    fn write_command<C: ConfigSpace>(&mut self, hardware: &mut C, part: &Part<'_>) -> Outcome {
+    /// turns on decoding, unless `messages` says that the pin is not in use, and is the guest's notepad after that.
+    fn write_command<C: ConfigSpace>(&mut self, hardware: &mut C, part: &Part<'_>, messages: bool) -> Outcome {
         let held = hardware.read(header::COMMAND, Width::Word) as u16;
         let seen = held & command::FROM_HARDWARE | self.command & !command::FROM_HARDWARE;
         let value = part.merged(u32::from(seen)) as u16;
@@ -520,7 +583,7 @@ impl Guest {
         let decode = value & self.bars.decode;
         let mut wanted = held & !follows | value & follows | decode;
         let turned_on = value & command::DECODE != 0 && self.command & command::DECODE == 0;
-        if turned_on && hardware.read(header::INTERRUPT_PIN, Width::Byte) != 0 {
+        if turned_on && !messages && hardware.read(header::INTERRUPT_PIN, Width::Byte) != 0 {
             wanted &= !command::INTX_DISABLE;
         }
         let outcome = write_if_changed(hardware, header::COMMAND, Width::Word, u32::from(wanted));
@@ -571,6 +634,13 @@ fn write_power_control<C: ConfigSpace>(hardware: &mut C, part: &Part<'_>) -> Out
         return Outcome::Done;
     }
     hardware.write(part.register.offset, Width::Word, u32::from(wanted)).into()
+}
+
+/// Whether a write of power control takes the function from D3hot to D0, and it may lose its state on the way.
+fn wakes<C: ConfigSpace>(hardware: &C, part: &Part<'_>) -> bool {
+    let held = hardware.read(part.register.offset, Width::Word) as u16;
+    let asleep = held & power::STATE == power::STATE && held & power::NO_SOFT_RESET == 0 && held != u16::MAX;
+    asleep && part.merged(u32::from(held)) as u16 & power::STATE == 0
 }
 
 /// Starts a read of vital product data. Not only when the value changes: the same address asks

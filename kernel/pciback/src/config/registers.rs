@@ -6,6 +6,7 @@
 
 use alloc::vec::Vec;
 
+use super::msi::{Msi, Msix};
 use crate::platform::{ConfigSpace, Width};
 
 /// Bytes of a function's configuration space.
@@ -27,6 +28,10 @@ pub mod offset {
     pub const COMMAND: u16 = 0x04;
     /// Status.
     pub const STATUS: u16 = 0x06;
+    /// Cache line size.
+    pub const CACHE_LINE: u16 = 0x0c;
+    /// Latency timer.
+    pub const LATENCY: u16 = 0x0d;
     /// Header type and the multifunction bit.
     pub const HEADER_TYPE: u16 = 0x0e;
     /// Built-in self test.
@@ -37,6 +42,8 @@ pub mod offset {
     pub const ROM: u16 = 0x30;
     /// Pointer to the first capability.
     pub const CAPABILITIES: u16 = 0x34;
+    /// Interrupt line.
+    pub const INTERRUPT_LINE: u16 = 0x3c;
     /// Interrupt pin.
     pub const INTERRUPT_PIN: u16 = 0x3d;
 }
@@ -88,6 +95,9 @@ pub mod power {
     pub const PME_SUPPORT: u16 = 0xf800;
     /// PMCSR: the power state.
     pub const STATE: u16 = 0x0003;
+    /// PMCSR: the function keeps its state on the way from D3hot to D0.
+    #[doc(alias = "PCI_PM_CTRL_NO_SOFT_RESET")]
+    pub const NO_SOFT_RESET: u16 = 1 << 3;
     /// PMCSR: wake signals are on.
     pub const PME_ENABLE: u16 = 1 << 8;
     /// PMCSR: what the data register shows.
@@ -103,6 +113,47 @@ pub const MSI_64: u16 = 1 << 7;
 /// MSI control bit: the capability has mask and pending registers.
 pub const MSI_MASKABLE: u16 = 1 << 8;
 
+/// Bits of the PCI Express capability (PCI Express Base 5.0, section 7.5.3).
+pub mod express {
+    /// Device Capabilities, from the capability's start.
+    pub const DEVICE_CAPABILITIES: u16 = 0x04;
+    /// Device Control.
+    pub const DEVICE_CONTROL: u16 = 0x08;
+    /// Device Status.
+    pub const DEVICE_STATUS: u16 = 0x0a;
+    /// Link Control.
+    pub const LINK_CONTROL: u16 = 0x10;
+    /// Device Control 2.
+    pub const DEVICE_CONTROL_2: u16 = 0x28;
+    /// Link Control 2.
+    pub const LINK_CONTROL_2: u16 = 0x30;
+    /// Device Capabilities: the function can be reset alone.
+    #[doc(alias = "PCI_EXP_DEVCAP_FLR")]
+    pub const FUNCTION_RESET: u32 = 1 << 28;
+    /// Device Control: resets the function; reads as 0.
+    #[doc(alias = "PCI_EXP_DEVCTL_BCR_FLR")]
+    pub const INITIATE_RESET: u16 = 1 << 15;
+    /// Device Status: transactions are pending.
+    #[doc(alias = "PCI_EXP_DEVSTA_TRPND")]
+    pub const PENDING: u16 = 1 << 5;
+}
+
+/// Bits of the Advanced Features capability (PCI-SIG ECN of 2006).
+pub mod advanced {
+    /// Capabilities, one byte, from the capability's start.
+    pub const CAPABILITIES: u16 = 0x03;
+    /// Control, one byte.
+    pub const CONTROL: u16 = 0x04;
+    /// Status, one byte.
+    pub const STATUS: u16 = 0x05;
+    /// Capabilities: pending transactions and function reset, both needed.
+    pub const RESET: u8 = 0x03;
+    /// Control: resets the function.
+    pub const INITIATE_RESET: u8 = 1 << 0;
+    /// Status: transactions are pending.
+    pub const PENDING: u8 = 1 << 0;
+}
+
 /// Capability ids with registers of their own in the table.
 pub mod capability {
     /// Power management.
@@ -111,8 +162,12 @@ pub mod capability {
     pub const VPD: u8 = 0x03;
     /// Message signalled interrupts.
     pub const MSI: u8 = 0x05;
+    /// PCI Express.
+    pub const EXPRESS: u8 = 0x10;
     /// MSI-X.
     pub const MSIX: u8 = 0x11;
+    /// Advanced Features.
+    pub const ADVANCED: u8 = 0x13;
 }
 
 /// The register an entry of the table stands for.
@@ -144,8 +199,8 @@ pub enum Name {
     Subsystem,
     /// Expansion ROM base address.
     Rom,
-    /// Pointer to the first capability.
-    CapabilityPointer,
+    /// Pointer to the first capability: the offset of the first that the guest sees, 0 for none.
+    CapabilityPointer(u8),
     /// Bytes 0x35 to 0x3b.
     Reserved,
     /// Interrupt line.
@@ -154,8 +209,15 @@ pub enum Name {
     InterruptPin,
     /// Minimum grant and maximum latency.
     Timing,
-    /// Id and next pointer of the capability with this id.
-    CapabilityHeader(u8),
+    /// Id and next pointer of a capability.
+    CapabilityHeader {
+        /// Its id.
+        id: u8,
+        /// The next one that the guest sees, 0 for none.
+        next: u8,
+    },
+    /// A capability that is not shown: it reads as zeros and is in no list.
+    Hidden,
     /// Power management capabilities (PMC).
     PowerCapabilities,
     /// Power management control and status (PMCSR).
@@ -241,7 +303,7 @@ const HEADER: [Register; 23] = [
     entry(0x28, 4, Name::CardbusCis, Rule::ReadOnly, IDENTITY),
     entry(0x2c, 4, Name::Subsystem, Rule::ReadOnly, IDENTITY),
     entry(0x30, 4, Name::Rom, Rule::Own, BAR),
-    entry(0x34, 1, Name::CapabilityPointer, Rule::ReadOnly, IDENTITY),
+    entry(0x34, 1, Name::CapabilityPointer(0), Rule::ReadOnly, IDENTITY),
     entry(0x35, 7, Name::Reserved, Rule::ReadOnly, "reserved by the specification"),
     entry(0x3c, 1, Name::InterruptLine, Rule::Ignored, "reads the guest's pirq; firmware's notepad otherwise"),
     entry(0x3d, 1, Name::InterruptPin, Rule::ReadOnly, IDENTITY),
@@ -252,14 +314,18 @@ const HEADER: [Register; 23] = [
 const MOST_CAPABILITIES: usize = ((EXTENDED - HEADER_END) / 4) as usize;
 
 /// A capability found by the walk.
-#[derive(Clone, Copy, Default)]
-struct Found {
-    offset: u16,
-    id: u8,
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    /// Where it starts.
+    pub offset: u16,
+    /// Its id.
+    pub id: u8,
+    /// What it says cannot be, so no guest sees it.
+    pub hidden: bool,
 }
 
-/// The capabilities of the device by ascending offset, each offset once.
-fn walk<C: ConfigSpace>(hardware: &C) -> Vec<Found> {
+/// The capabilities of the device in the order of its list, each offset once.
+pub fn walk<C: ConfigSpace>(hardware: &C) -> Vec<Found> {
     let mut found: Vec<Found> = Vec::with_capacity(MOST_CAPABILITIES);
     if hardware.read(offset::STATUS, Width::Word) as u16 & STATUS_CAPABILITIES == 0 {
         return found;
@@ -270,29 +336,48 @@ fn walk<C: ConfigSpace>(hardware: &C) -> Vec<Found> {
         if header & 0xffff == 0xffff {
             break;
         }
-        found.push(Found { offset: at, id: header as u8 });
+        let id = header as u8;
+        // Its registers end inside the list's space; the walk proved only the first two bytes.
+        let hidden =
+            id == capability::MSIX && (at + MSIX_LENGTH > EXTENDED || Msix::read(hardware, at).nonsense().is_some());
+        found.push(Found { offset: at, id, hidden });
         at = pointer(header >> 8);
     }
-    found.sort_unstable_by_key(|capability| capability.offset);
     found
 }
+
+/// Bytes of an MSI-X capability.
+const MSIX_LENGTH: u16 = 12;
 
 /// A list pointer: one byte whose low two bits are reserved.
 fn pointer(byte: u32) -> u16 {
     (byte & 0xfc) as u16
 }
 
-/// The table of `hardware`, a function with a type 0 header.
-pub fn table<C: ConfigSpace>(hardware: &C) -> Vec<Register> {
-    let found = walk(hardware);
+/// Offset of the first capability of `list` that a guest sees, 0 for none.
+fn first_shown(list: &[Found]) -> u8 {
+    list.iter().find(|capability| !capability.hidden).map_or(0, |capability| capability.offset as u8)
+}
+
+/// The table of `hardware`, a function with a type 0 header, whose capabilities are `list`.
+pub fn table<C: ConfigSpace>(hardware: &C, list: &[Found]) -> Vec<Register> {
+    let mut found: Vec<(Found, u8)> = list
+        .iter()
+        .enumerate()
+        .map(|(index, capability)| (*capability, first_shown(list.get(index + 1..).unwrap_or_default())))
+        .collect();
+    found.sort_unstable_by_key(|(capability, _)| capability.offset);
     let mut table = Vec::with_capacity(HEADER.len() + 5 * found.len() + 2);
     table.extend_from_slice(&HEADER);
-    for (index, capability) in found.iter().enumerate() {
+    if let Some(register) = table.iter_mut().find(|register| register.offset == offset::CAPABILITIES) {
+        register.name = Name::CapabilityPointer(first_shown(list));
+    }
+    for (index, (capability, next)) in found.iter().enumerate() {
         // The next capability's start clips this one. Starts are dwords, so what has code of its own
         // (all within a dword) is there as a whole or not at all.
-        let limit = found.get(index + 1).map_or(EXTENDED, |next| next.offset);
+        let limit = found.get(index + 1).map_or(EXTENDED, |(behind, _)| behind.offset);
         raw_up_to(&mut table, capability.offset);
-        push_capability(&mut table, hardware, *capability, limit);
+        push_capability(&mut table, hardware, *capability, *next, limit);
     }
     raw_up_to(&mut table, EXTENDED);
     raw_up_to(&mut table, SPACE);
@@ -308,15 +393,22 @@ fn raw_up_to(table: &mut Vec<Register>, end: u16) {
 }
 
 /// Appends the registers of one capability, those that start before `limit`.
-fn push_capability<C: ConfigSpace>(table: &mut Vec<Register>, hardware: &C, capability: Found, limit: u16) {
+fn push_capability<C: ConfigSpace>(table: &mut Vec<Register>, hardware: &C, capability: Found, next: u8, limit: u16) {
     let mut push = |at: u16, length: u16, name: Name, rule: Rule, reason: &'static str| {
         let start = capability.offset + at;
         if start < limit {
             table.push(entry(start, length.min(limit - start), name, rule, reason));
         }
     };
-    push(0, 2, Name::CapabilityHeader(capability.id), Rule::ReadOnly, "the list is the device's");
-    match capability.id {
+    let id = capability.id;
+    if capability.hidden {
+        for at in (0..MSIX_LENGTH).step_by(4) {
+            push(at, 4, Name::Hidden, Rule::ReadOnly, "what it says of itself cannot be");
+        }
+        return;
+    }
+    push(0, 2, Name::CapabilityHeader { id, next }, Rule::ReadOnly, "the list is the device's");
+    match id {
         capability::POWER => {
             push(2, 2, Name::PowerCapabilities, Rule::ReadOnly, "wake events are the host's, so none is offered");
             push(4, 2, Name::PowerControl, Rule::Own, "a guest chooses the power state and never turns on wake events");
@@ -329,7 +421,7 @@ fn push_capability<C: ConfigSpace>(table: &mut Vec<Register>, hardware: &C, capa
         capability::MSI => {
             let control = hardware.read(capability.offset + 2, Width::Word) as u16;
             push(2, 2, Name::MsiControl, Rule::Own, "on and off are operations of the protocol");
-            push(4, msi_length(control) - 4, Name::MsiMessage, Rule::ReadOnly, MESSAGE);
+            push(4, Msi::length(control) - 4, Name::MsiMessage, Rule::ReadOnly, MESSAGE);
         }
         capability::MSIX => {
             push(2, 2, Name::MsixControl, Rule::Own, "on and off are operations of the protocol");
@@ -340,13 +432,3 @@ fn push_capability<C: ConfigSpace>(table: &mut Vec<Register>, hardware: &C, capa
 }
 
 const MESSAGE: &str = "where interrupts go is Xen's (XSA-128)";
-
-/// Bytes of an MSI capability with this control register.
-const fn msi_length(control: u16) -> u16 {
-    match (control & MSI_64 != 0, control & MSI_MASKABLE != 0) {
-        (false, false) => 0x0a,
-        (true, false) => 0x0e,
-        (false, true) => 0x14,
-        (true, true) => 0x18,
-    }
-}

@@ -105,6 +105,10 @@ impl ConfigSpace for Model {
     fn writable(&self) -> bool {
         self.writes_on
     }
+
+    fn allow_writes(&mut self) {
+        self.writes_on = true;
+    }
 }
 
 /// A device and its virtual configuration space, with a guest.
@@ -170,7 +174,7 @@ fn the_table_covers_every_byte_once() {
     assert_eq!(name_at(&config, MSI + 0xe), Name::Raw);
     assert_eq!(name_at(&config, MSIX + 0xb), Name::MsixLocation);
     assert_eq!(name_at(&config, VPD + 4), Name::VpdData);
-    assert_eq!(name_at(&config, VENDOR_SPECIFIC), Name::CapabilityHeader(9));
+    assert_eq!(name_at(&config, VENDOR_SPECIFIC), Name::CapabilityHeader { id: 9, next: 0 });
     assert_eq!(name_at(&config, 0x100), Name::Raw);
 }
 
@@ -228,7 +232,7 @@ fn a_capability_that_starts_inside_another_clips_it() {
     let config = VirtualConfig::new(&model).expect("seized");
     assert_covers_all(&config);
     assert_eq!(name_at(&config, 0x47), Name::MsiMessage);
-    assert_eq!(name_at(&config, 0x48), Name::CapabilityHeader(1));
+    assert_eq!(name_at(&config, 0x48), Name::CapabilityHeader { id: 1, next: 0 });
     assert_eq!(name_at(&config, 0x4c), Name::PowerControl);
 }
 

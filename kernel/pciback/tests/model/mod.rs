@@ -1,7 +1,13 @@
-//! A machine for tests: xenstore with watches, functions with real register behaviour, guests with
+//! A machine for tests: xenstore with watches, functions with real register behaviour, Xen, guests with
 //! shared pages. Everything is in one [`World`] that the test and the backend share.
 
 #![allow(dead_code, reason = "each test file uses its own part")]
+
+pub mod guest;
+pub mod hardware;
+pub mod logs;
+pub mod store;
+pub mod xen;
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -9,159 +15,42 @@ use std::rc::Rc;
 
 use pciback::backend::Backend;
 use pciback::cmdline;
-use pciback::platform::{
-    Channel, ConfigSpace, ConnectError, DomId, Nanos, Platform, Port, SharedPage, Store, StoreError, Transaction,
-    Width, WritesOff,
-};
+use pciback::device::{Device, State};
+use pciback::physdev::{Physdev, PhysdevError, Pirq, Vector};
+use pciback::platform::{ConfigSpace, ConnectError, DomId, Nanos, Platform, Port, Width, WritesOff};
 use pciback::sbdf::Sbdf;
-use pciback::wire::{PCIF_ACTIVE, RawReply, RawRequest};
+
+#[allow(unused_imports, reason = "each test file uses its own part")]
+pub use self::guest::{Guest, withdraw};
+use self::guest::{Page, Port0, Shared};
+pub use self::hardware::{Card, Hardware};
+use self::store::{Meanwhile, Open, StoreClient};
+use self::xen::{Act, Assigned, Bus, Flavour, Xen};
 
 /// Domain number of the driver domain in the model.
 pub const DRIVER: DomId = 900;
 
-/// Configuration space of one model function.
-pub struct Hardware {
-    pub bytes: RefCell<Vec<u8>>,
-    pub writable: Cell<bool>,
-    pub writes: RefCell<Vec<(u16, u32)>>,
-}
+/// A function, and another.
+pub const NIC: &str = "0000:01:00.0";
+pub const OTHER: &str = "0000:02:00.0";
+/// Command lines with the one, and with both.
+pub const ONE: &str = "dev=0000:01:00.0";
+pub const TWO: &str = "dev=0000:01:00.0 dev=0000:02:00.0";
 
-impl Hardware {
-    /// A network card: 16 KiB of memory at BAR0, 32 I/O ports at BAR2, MSI-X at 0x40, INTA.
-    pub fn card(vendor: u16, device: u16) -> Hardware {
-        let mut bytes = vec![0; 4096];
-        let mut put = |offset: usize, data: &[u8]| bytes[offset..offset + data.len()].copy_from_slice(data);
-        put(0x00, &vendor.to_le_bytes());
-        put(0x02, &device.to_le_bytes());
-        put(0x04, &0x0403u16.to_le_bytes());
-        put(0x06, &0x0010u16.to_le_bytes());
-        put(0x08, &[3, 0, 0, 2]);
-        put(0x10, &0xfebc_0000u32.to_le_bytes());
-        put(0x18, &0x0000_c041u32.to_le_bytes());
-        put(0x34, &[0x40]);
-        put(0x3c, &[11, 1]);
-        put(0x40, &[0x11, 0x00, 0x04, 0x00, 0x03, 0x00, 0x00, 0x00, 0x03, 0x20, 0x00, 0x00]);
-        Hardware { bytes: RefCell::new(bytes), writable: Cell::new(true), writes: RefCell::default() }
-    }
-
-    pub fn word(&self, offset: usize) -> u16 {
-        u16::from_le_bytes(self.bytes.borrow()[offset..offset + 2].try_into().unwrap())
-    }
-}
-
-/// The `resource-N` node that fits [`Hardware::card`].
-pub const RESOURCES: &str = "0xfebc0000 0xfebc3fff 0x40200;0x0 0x0 0x0;0xc040 0xc05f 0x40101;0x0 0x0 0x0;\
-                             0x0 0x0 0x0;0x0 0x0 0x0;0x0 0x0 0x0";
-
-pub struct Config(Rc<Hardware>);
-
-impl ConfigSpace for Config {
-    fn read(&self, offset: u16, width: Width) -> u32 {
-        let bytes = self.0.bytes.borrow();
-        let at = usize::from(offset);
-        let slice = &bytes[at..at + usize::from(width.bytes())];
-        slice.iter().rev().fold(0, |value, byte| value << 8 | u32::from(*byte))
-    }
-
-    fn write(&mut self, offset: u16, width: Width, value: u32) -> Result<(), WritesOff> {
-        if !self.0.writable.get() {
-            return Err(WritesOff);
-        }
-        self.0.writes.borrow_mut().push((offset, value));
-        let at = usize::from(offset);
-        let len = usize::from(width.bytes());
-        self.0.bytes.borrow_mut()[at..at + len].copy_from_slice(&value.to_le_bytes()[..len]);
-        Ok(())
-    }
-
-    fn writable(&self) -> bool {
-        self.0.writable.get()
-    }
-}
-
-/// What a hostile second vCPU does to the page.
-type SecondVcpu = Box<dyn FnMut(&Shared)>;
-
-/// A page as guest and backend share it.
-#[derive(Default)]
-pub struct Shared {
-    pub flags: Cell<u32>,
-    pub request: Cell<RawRequest>,
-    pub reply: Cell<Option<RawReply>>,
-    pub request_reads: Cell<u32>,
-    /// Called while the request is being executed: a hostile second vCPU.
-    pub during: RefCell<Option<SecondVcpu>>,
-}
-
-pub struct Page(Rc<Shared>, Rc<World>);
-
-impl SharedPage for Page {
-    fn flags(&self) -> u32 {
-        self.0.flags.get()
-    }
-    fn request(&self) -> RawRequest {
-        self.0.request_reads.set(self.0.request_reads.get() + 1);
-        let request = self.0.request.get();
-        if let Some(during) = self.0.during.borrow_mut().as_mut() {
-            during(&self.0);
-        }
-        request
-    }
-    fn reply(&self, reply: &RawReply) {
-        self.0.reply.set(Some(*reply));
-    }
-    fn clear_active(&self) -> u32 {
-        self.0.flags.replace(self.0.flags.get() & !PCIF_ACTIVE)
-    }
-}
-
-impl Drop for Page {
-    fn drop(&mut self) {
-        self.1.mapped.set(self.1.mapped.get() - 1);
-        self.1.order.borrow_mut().push("unmap");
-    }
-}
-
-pub struct Port0(Port, Rc<World>);
-
-impl Channel for Port0 {
-    fn port(&self) -> Port {
-        self.0
-    }
-    fn notify(&self) {
-        self.1.notified.borrow_mut().push(self.0);
-    }
-}
-
-impl Drop for Port0 {
-    fn drop(&mut self) {
-        self.1.bound.set(self.1.bound.get() - 1);
-        self.1.order.borrow_mut().push("close");
-    }
-}
-
-/// What somebody else does to xenstore between two operations of the backend; the number counts them.
-type Meanwhile = Box<dyn FnMut(u64, &World)>;
-
-/// A transaction: the tree as it was at its start with its own changes in it, and those changes.
-struct Open {
-    generation: u64,
-    nodes: BTreeMap<String, String>,
-    changes: Vec<(String, Option<String>)>,
-}
+/// Watches the backend holds while it has no frontend: on their folders, and on the wish to try a function again.
+pub const OWN_WATCHES: usize = 2;
 
 /// All there is.
-#[derive(Default)]
 pub struct World {
     /// Counts changes: a transaction that saw an older tree has to be repeated.
     pub generation: Cell<u64>,
-    transactions: RefCell<BTreeMap<u32, Open>>,
-    last_transaction: Cell<u32>,
+    pub transactions: RefCell<BTreeMap<u32, Open>>,
+    pub last_transaction: Cell<u32>,
     pub meanwhile: RefCell<Option<Meanwhile>>,
     pub nodes: RefCell<BTreeMap<String, String>>,
     pub watches: RefCell<Vec<(String, String)>>,
     pub events: RefCell<VecDeque<(String, String)>>,
-    pub hardware: RefCell<BTreeMap<Sbdf, Rc<Hardware>>>,
+    pub hardware: Rc<RefCell<BTreeMap<Sbdf, Rc<Hardware>>>>,
     pub pages: RefCell<BTreeMap<(DomId, u32), Rc<Shared>>>,
     pub ports: RefCell<BTreeSet<(DomId, u32)>>,
     pub pending: RefCell<BTreeSet<Port>>,
@@ -170,188 +59,143 @@ pub struct World {
     pub order: RefCell<Vec<&'static str>>,
     pub mapped: Cell<i32>,
     pub bound: Cell<i32>,
-    pub now: Cell<Nanos>,
+    pub now: Rc<Cell<Nanos>>,
     pub operations: Cell<u64>,
     pub deaf: Cell<bool>,
+    pub xen: Xen,
 }
 
-fn absolute(path: &str) -> String {
-    if path.starts_with('/') { path.into() } else { format!("/local/domain/{DRIVER}/{path}") }
-}
-
-/// Writes a node and makes its parents, as xenstored does.
-fn insert(nodes: &mut BTreeMap<String, String>, path: &str, value: &str) {
-    for (at, _) in path.match_indices('/').skip(1) {
-        nodes.entry(path[..at].into()).or_default();
+impl Default for World {
+    fn default() -> World {
+        let bus = Bus::default();
+        World {
+            hardware: bus.functions.clone(),
+            now: bus.now.clone(),
+            xen: Xen::new(bus),
+            generation: Cell::default(),
+            transactions: RefCell::default(),
+            last_transaction: Cell::default(),
+            meanwhile: RefCell::default(),
+            nodes: RefCell::default(),
+            watches: RefCell::default(),
+            events: RefCell::default(),
+            pages: RefCell::default(),
+            ports: RefCell::default(),
+            pending: RefCell::default(),
+            local: RefCell::default(),
+            notified: RefCell::default(),
+            order: RefCell::default(),
+            mapped: Cell::default(),
+            bound: Cell::default(),
+            operations: Cell::default(),
+            deaf: Cell::default(),
+        }
     }
-    nodes.insert(path.into(), value.into());
-}
-
-/// Removes a node with all below it; returns what is gone.
-fn remove(nodes: &mut BTreeMap<String, String>, path: &str) -> Vec<String> {
-    let below = format!("{path}/");
-    let gone: Vec<_> = nodes.keys().filter(|key| *key == path || key.starts_with(&below)).cloned().collect();
-    gone.iter().for_each(|key| drop(nodes.remove(key)));
-    gone
 }
 
 impl World {
-    pub fn get(&self, path: &str) -> Option<String> {
-        self.nodes.borrow().get(&absolute(path)).cloned()
+    /// A host with this Xen.
+    pub fn with(flavour: Flavour) -> Rc<World> {
+        let world: Rc<World> = Rc::default();
+        world.xen.flavour.set(flavour);
+        world
     }
 
-    pub fn set(&self, path: &str, value: &str) {
-        let path = absolute(path);
-        let valid = |byte: u8| byte.is_ascii_alphanumeric() || b"-/_@".contains(&byte);
-        assert!(path.bytes().all(valid), "xenstored refuses the path {path}");
-        insert(&mut self.nodes.borrow_mut(), &path, value);
-        self.generation.set(self.generation.get() + 1);
-        self.fire(&path);
+    /// Puts a function into the host.
+    pub fn plug(&self, sbdf: &str, hardware: Hardware) -> Rc<Hardware> {
+        let hardware = Rc::new(hardware);
+        self.hardware.borrow_mut().insert(sbdf.parse().unwrap(), hardware.clone());
+        hardware
     }
 
-    pub fn remove(&self, path: &str) -> bool {
-        let path = absolute(path);
-        let gone = remove(&mut self.nodes.borrow_mut(), &path);
-        self.generation.set(self.generation.get() + 1);
-        for key in &gone {
-            self.fire(key);
-        }
-        if !gone.is_empty() {
-            self.fire(&path);
-        }
-        !gone.is_empty()
+    /// The address, if a function is there.
+    pub fn address(&self, name: &str) -> Option<Sbdf> {
+        name.parse().ok().filter(|sbdf| self.hardware.borrow().contains_key(sbdf))
     }
 
-    fn fire(&self, path: &str) {
-        let prefix = format!("/local/domain/{DRIVER}/");
-        for (watch, token) in self.watches.borrow().iter() {
-            let full = absolute(watch);
-            if path == full || path.starts_with(&format!("{full}/")) {
-                let told = if watch.starts_with('/') { path } else { path.strip_prefix(&prefix).unwrap_or(path) };
-                let event = (told.into(), token.clone());
-                let mut events = self.events.borrow_mut();
-                // One that waits already is not queued again, as in the image's client.
-                if !events.contains(&event) {
-                    events.push_back(event);
-                }
-            }
+    /// What the driver domain says of a function.
+    pub fn published(&self, sbdf: Sbdf, node: &str) -> Option<String> {
+        self.get(&format!("data/pciback/device/{}/{node}", sbdf.to_string().replace([':', '.'], "-")))
+    }
+
+    /// dom0 assigns a function that the driver domain says is ready.
+    pub fn assign(&self, sbdf: Sbdf, guest: DomId) {
+        if let Assigned::To(former) = self.xen.assigned(sbdf) {
+            // An attachment that was refused.
+            self.xen.deassign(sbdf, former);
         }
+        let assigned = self.xen.assign(sbdf, guest);
+        let answers = self.hardware.borrow()[&sbdf].silence(self.now.get()).is_none();
+        if answers && matches!(self.xen.flavour.get(), Flavour::Owner | Flavour::Mmcfg0) {
+            assert_eq!(assigned, Ok(()), "{sbdf} is ready, so Xen assigns it");
+        }
+    }
+
+    /// dom0 asks to try a function again.
+    pub fn retry(&self, sbdf: &str) {
+        self.set("data/pciback/retry", &sbdf.replace([':', '.'], "-"));
     }
 }
 
-pub struct StoreClient(Rc<World>);
+/// How the driver domain reaches a function: through Xen, and with a lock of its own.
+pub struct Config {
+    world: Rc<World>,
+    sbdf: Sbdf,
+    allowed: bool,
+}
 
-impl StoreClient {
-    fn count(&self) -> Result<(), StoreError> {
-        let world = &self.0;
-        world.operations.set(world.operations.get() + 1);
-        let meanwhile = world.meanwhile.borrow_mut().take();
-        if let Some(mut act) = meanwhile {
-            act(world.operations.get(), world);
-            world.meanwhile.borrow_mut().get_or_insert(act);
-        }
-        if world.deaf.get() { Err(StoreError::Timeout) } else { Ok(()) }
+impl ConfigSpace for Config {
+    fn read(&self, offset: u16, width: Width) -> u32 {
+        self.world.xen.bus.read(self.sbdf, offset, width)
     }
 
-    /// Does something with the tree that `tx` sees.
-    fn see<T>(&self, tx: Option<Transaction>, look: impl FnOnce(&BTreeMap<String, String>) -> T) -> T {
-        match tx {
-            None => look(&self.0.nodes.borrow()),
-            Some(tx) => look(&self.0.transactions.borrow()[&tx.0].nodes),
+    fn write(&mut self, offset: u16, width: Width, value: u32) -> Result<(), WritesOff> {
+        assert!(value & !width.mask() == 0 && offset.is_multiple_of(width.bytes()), "{offset:#x}: {value:#x}");
+        if !self.allowed {
+            return Err(WritesOff);
         }
+        self.world.hardware.borrow()[&self.sbdf].writes.borrow_mut().push((offset, value));
+        self.world.xen.config_write(self.sbdf, offset, width, value);
+        Ok(())
+    }
+
+    fn writable(&self) -> bool {
+        self.allowed
+    }
+
+    fn allow_writes(&mut self) {
+        self.allowed = true;
     }
 }
 
-impl Store for StoreClient {
-    fn read(&mut self, tx: Option<Transaction>, path: &str) -> Result<String, StoreError> {
-        self.count()?;
-        // What is missing below a folder that only dom0 may read answers "denied", as in xenstored.
-        let foreign = path.starts_with("/local/domain/");
-        let found = self.see(tx, |nodes| nodes.get(&absolute(path)).cloned());
-        found.ok_or(if foreign { StoreError::Denied } else { StoreError::NotFound })
+/// The physdev operations.
+pub struct Calls(Rc<World>);
+
+impl Physdev for Calls {
+    fn prepare_msix(&mut self, sbdf: Sbdf) -> Result<(), PhysdevError> {
+        self.0.xen.prepare_msix(sbdf).map_err(PhysdevError::of)
     }
-    fn write(&mut self, tx: Option<Transaction>, path: &str, value: &str) -> Result<(), StoreError> {
-        self.count()?;
-        let Some(tx) = tx else {
-            self.0.set(path, value);
-            return Ok(());
-        };
-        let mut transactions = self.0.transactions.borrow_mut();
-        let open = transactions.get_mut(&tx.0).expect("an open transaction");
-        insert(&mut open.nodes, &absolute(path), value);
-        open.changes.push((path.into(), Some(value.into())));
-        Ok(())
+    fn release_msix(&mut self, sbdf: Sbdf) -> Result<(), PhysdevError> {
+        self.0.xen.release_msix(sbdf).map_err(PhysdevError::of)
     }
-    fn remove(&mut self, tx: Option<Transaction>, path: &str) -> Result<(), StoreError> {
-        self.count()?;
-        let Some(tx) = tx else {
-            return if self.0.remove(path) { Ok(()) } else { Err(StoreError::NotFound) };
-        };
-        let mut transactions = self.0.transactions.borrow_mut();
-        let open = transactions.get_mut(&tx.0).expect("an open transaction");
-        if remove(&mut open.nodes, &absolute(path)).is_empty() {
-            return Err(StoreError::NotFound);
-        }
-        open.changes.push((path.into(), None));
-        Ok(())
+    fn restore_msi(&mut self, sbdf: Sbdf) -> Result<(), PhysdevError> {
+        self.0.xen.restore_msi(sbdf).map_err(PhysdevError::of)
     }
-    fn list(&mut self, tx: Option<Transaction>, path: &str) -> Result<Vec<String>, StoreError> {
-        self.count()?;
-        let below = format!("{}/", absolute(path));
-        self.see(tx, |nodes| {
-            if !nodes.contains_key(&absolute(path)) {
-                return Err(StoreError::NotFound);
-            }
-            let names = nodes.keys().filter_map(|key| key.strip_prefix(&below));
-            Ok(names.filter(|rest| !rest.contains('/')).map(String::from).collect())
-        })
+    fn map(&mut self, guest: DomId, sbdf: Sbdf, vector: Vector) -> Result<Pirq, PhysdevError> {
+        self.0.xen.map(guest, sbdf, vector).map_err(PhysdevError::of)
     }
-    fn begin(&mut self) -> Result<Transaction, StoreError> {
-        self.count()?;
-        let world = &self.0;
-        let id = world.last_transaction.get() + 1;
-        world.last_transaction.set(id);
-        let open =
-            Open { generation: world.generation.get(), nodes: world.nodes.borrow().clone(), changes: Vec::new() };
-        world.transactions.borrow_mut().insert(id, open);
-        assert_eq!(world.transactions.borrow().len(), 1, "one transaction at a time, and none left open");
-        Ok(Transaction(id))
+    fn unmap(&mut self, guest: DomId, pirq: Pirq) -> Result<(), PhysdevError> {
+        self.0.xen.unmap(guest, pirq).map_err(PhysdevError::of)
     }
-    fn end(&mut self, tx: Transaction, commit: bool) -> Result<(), StoreError> {
-        let answered = self.count();
-        let world = &self.0;
-        let open = world.transactions.borrow_mut().remove(&tx.0).expect("an open transaction");
-        // What comes of an end without an answer nobody knows: the daemon may have seen it or not.
-        if answered.is_err() && world.operations.get().is_multiple_of(2) {
-            return answered;
-        }
-        if commit && open.generation != world.generation.get() {
-            return Err(StoreError::Again);
-        }
-        for (path, value) in open.changes.iter().filter(|_| commit) {
-            match value {
-                Some(value) => world.set(path, value),
-                None => drop(world.remove(path)),
-            }
-        }
-        answered
-    }
-    fn watch(&mut self, path: &str, token: &str) -> Result<(), StoreError> {
-        self.count()?;
-        self.0.watches.borrow_mut().push((path.into(), token.into()));
-        self.0.events.borrow_mut().push_back((path.into(), token.into()));
-        Ok(())
-    }
-    fn unwatch(&mut self, path: &str, token: &str) -> Result<(), StoreError> {
-        self.count()?;
-        self.0.watches.borrow_mut().retain(|watch| watch != &(path.into(), token.into()));
-        Ok(())
+    fn now(&self) -> Nanos {
+        self.0.now.get()
     }
 }
 
 pub struct Machine {
     world: Rc<World>,
     store: StoreClient,
+    physdev: Calls,
 }
 
 impl Platform for Machine {
@@ -359,12 +203,17 @@ impl Platform for Machine {
     type Page = Page;
     type Channel = Port0;
     type Store = StoreClient;
+    type Physdev = Calls;
 
+    fn physdev(&mut self) -> &mut Calls {
+        &mut self.physdev
+    }
     fn store(&mut self) -> &mut StoreClient {
         &mut self.store
     }
     fn open_config(&mut self, sbdf: Sbdf) -> Result<Config, String> {
-        self.world.hardware.borrow().get(&sbdf).cloned().map(Config).ok_or_else(|| "no frame".into())
+        let placed = self.world.hardware.borrow().contains_key(&sbdf);
+        placed.then(|| Config { world: self.world.clone(), sbdf, allowed: false }).ok_or_else(|| "no frame".into())
     }
     fn map_page(&mut self, frontend: DomId, grant_ref: u32) -> Result<Page, ConnectError> {
         let page = self.world.pages.borrow().get(&(frontend, grant_ref)).cloned();
@@ -393,18 +242,26 @@ pub struct Rig {
     pub backend: Backend<Machine>,
 }
 
-/// Boots a driver domain with the functions of `cmdline`, each a card 8086:100e unless placed before.
+/// Boots a driver domain with the functions of `cmdline`, each a [`Card::PLAIN`] unless placed before, on a Xen
+/// with the config-owner change.
 pub fn boot(cmdline: &str) -> Rig {
     boot_in(Rc::default(), cmdline)
 }
 
+/// The same with one card, at [`NIC`].
+pub fn boot_with(card: Card) -> Rig {
+    let world: Rc<World> = Rc::default();
+    world.plug(NIC, card.build());
+    boot_in(world, ONE)
+}
+
 pub fn boot_in(world: Rc<World>, cmdline: &str) -> Rig {
-    let (config, complaints) = cmdline::parse(&format!("ecam=0000:00-ff@b0000000 mode=mmcfg0 {cmdline}"));
+    let (config, complaints) = cmdline::parse(&format!("ecam=0000:00-ff@b0000000 {cmdline}"));
     for device in &config.devices {
         world.hardware.borrow_mut().entry(device.sbdf).or_insert_with(|| Rc::new(Hardware::card(0x8086, 0x100e)));
     }
-    world.now.set(1_000_000_000_000);
-    let machine = Machine { world: world.clone(), store: StoreClient(world.clone()) };
+    world.now.set(world.now.get().max(1_000_000_000_000));
+    let machine = Machine { world: world.clone(), store: StoreClient(world.clone()), physdev: Calls(world.clone()) };
     let mut rig = Rig { backend: Backend::new(machine, config, complaints), world };
     rig.backend.start();
     rig.settle();
@@ -412,8 +269,19 @@ pub fn boot_in(world: Rc<World>, cmdline: &str) -> Rig {
 }
 
 impl Rig {
-    /// Delivers events until none is left; more than a fixed number means that they feed themselves.
+    /// Delivers events until none is left and no function is being reset, for which time passes; more than a
+    /// fixed number of steps means that they feed themselves.
     pub fn settle(&mut self) {
+        for _ in 0..20_000 {
+            self.deliver();
+            let Some(due) = self.hand_over_due() else { return };
+            self.world.now.set(due.max(self.world.now.get()));
+        }
+        panic!("a hand-over without end");
+    }
+
+    /// Delivers events until none is left; no time passes.
+    pub fn deliver(&mut self) {
         for _ in 0..20_000 {
             let event = self.world.events.borrow_mut().pop_front();
             if let Some((path, token)) = event {
@@ -423,6 +291,13 @@ impl Rig {
             }
         }
         panic!("events without end");
+    }
+
+    /// When the next step of a hand-over is due; the backend must ask to be called by then.
+    pub fn hand_over_due(&self) -> Option<Nanos> {
+        let due = self.backend.devices().iter().filter_map(Device::due).min()?;
+        assert!(self.backend.next_deadline().is_some_and(|deadline| deadline <= due), "a step nobody is called for");
+        Some(due)
     }
 
     /// One turn of the event channels.
@@ -436,11 +311,76 @@ impl Rig {
     }
 
     pub fn published(&self, sbdf: &str, node: &str) -> Option<String> {
-        self.world.get(&format!("data/pciback/device/{}/{node}", sbdf.replace([':', '.'], "-")))
+        self.world.published(sbdf.parse().unwrap(), node)
+    }
+
+    /// Published state.
+    pub fn state(&self, sbdf: &str) -> String {
+        self.published(sbdf, "state").unwrap_or_default()
+    }
+
+    /// Published reason; only a broken function has one.
+    pub fn reason(&self, sbdf: &str) -> String {
+        assert_eq!(self.state(sbdf), "broken");
+        self.published(sbdf, "reason").expect("a reason")
+    }
+
+    /// What the driver domain did to a function.
+    pub fn acts(&self, sbdf: &str) -> Vec<Act> {
+        self.world.xen.acts(sbdf.parse().unwrap())
+    }
+
+    /// Forgets what the driver domain did so far.
+    pub fn forget(&mut self) {
+        self.world.xen.done.borrow_mut().clear();
+        self.world.hardware.borrow().values().for_each(|hardware| hardware.writes.borrow_mut().clear());
+    }
+
+    /// Lets this much time pass, with what is due in it.
+    pub fn pass(&mut self, time: Nanos) {
+        let end = self.world.now.get() + time;
+        self.deliver();
+        while let Some(due) = self.backend.next_deadline().filter(|due| *due <= end) {
+            self.world.now.set(due.max(self.world.now.get()));
+            self.deliver();
+        }
+        self.world.now.set(end.max(self.world.now.get()));
+    }
+
+    /// The driver domain ends without a word and is started again.
+    pub fn crash_and_boot(self, cmdline: &str) -> Rig {
+        let world = self.world.clone();
+        drop(self);
+        world.watches.borrow_mut().clear();
+        world.events.borrow_mut().clear();
+        world.remove("data/pciback");
+        boot_in(world, cmdline)
+    }
+
+    /// The backend and Xen agree on what is mapped, and the rules that hold at any time hold.
+    pub fn check(&self) {
+        let world = &self.world;
+        world.xen.check();
+        assert_eq!(world.xen.refused.get(), 0, "Xen's intercept refused a write");
+        for device in self.backend.devices() {
+            let (Some(function), false) = (device.peek(), matches!(device.state, State::Broken(_))) else { continue };
+            let sbdf = device.entry.sbdf;
+            // MSI of a domain that no call finds any more is Xen's to free, and nobody can ask whether it has.
+            let taken = device.state == State::Ready && world.xen.is_taken(sbdf);
+            assert!(!taken, "{sbdf} is offered with a former guest's vectors mapped: {:?}", world.xen.mapped(sbdf));
+            let recorded = function.interrupts.pirqs();
+            // Pirqs of a domain that no call reaches any more are Xen's own to free.
+            for (_, pirq, number) in world.xen.mapped(sbdf).into_iter().filter(|(guest, ..)| world.xen.listed(*guest)) {
+                // Of several vectors of MSI the first stands for all.
+                let on_record = recorded.contains(&pirq) || recorded.contains(&(pirq - Pirq::from(number)));
+                assert!(on_record, "{sbdf}: pirq {pirq} is mapped and not on record {recorded:?}");
+            }
+        }
     }
 
     /// What the toolstack writes for a first attach.
     pub fn attach(&mut self, guest: DomId, functions: &[&str]) -> Guest {
+        self.world.xen.create(guest);
         let guest = Guest { id: guest, world: self.world.clone(), page: Rc::default(), ring: (8, 5) };
         guest.set_front("backend", &format!("/local/domain/{DRIVER}/backend/pci/{}/0", guest.id));
         guest.set_front("backend-id", &DRIVER.to_string());
@@ -466,121 +406,10 @@ impl Rig {
     }
 }
 
-/// One guest with its pcifront.
-pub struct Guest {
-    pub id: DomId,
-    pub world: Rc<World>,
-    pub page: Rc<Shared>,
-    pub ring: (u32, u32),
-}
-
-impl Guest {
-    pub fn back(&self, node: &str) -> Option<String> {
-        self.world.get(&format!("backend/pci/{}/0/{node}", self.id))
-    }
-    pub fn set_back(&self, node: &str, value: &str) {
-        self.world.set(&format!("backend/pci/{}/0/{node}", self.id), value);
-    }
-    pub fn front(&self, node: &str) -> Option<String> {
-        self.world.get(&format!("/local/domain/{}/device/pci/0/{node}", self.id))
-    }
-    pub fn set_front(&self, node: &str, value: &str) {
-        self.world.set(&format!("/local/domain/{}/device/pci/0/{node}", self.id), value);
-    }
-
-    /// The nodes of function `index` of the list.
-    pub fn list(&self, index: usize, sbdf: &str) {
-        for (node, value) in [
-            ("dev", sbdf),
-            ("key", sbdf),
-            ("opts", "msitranslate=0,power_mgmt=0,permissive=0,rdm_policy=strict"),
-            ("id", "8086:100e"),
-            ("irq", "21"),
-            ("resource", RESOURCES),
-            ("state", "1"),
-        ] {
-            self.set_back(&format!("{node}-{index}"), value);
+impl Drop for Rig {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.check();
         }
     }
-
-    /// pcifront's probe: a fresh page and port, published, state Initialised.
-    pub fn publish(&mut self, rig: &mut Rig) {
-        self.page = Rc::default();
-        self.page.flags.set(2);
-        self.ring = (self.ring.0 + 1, self.ring.1 + 1);
-        self.world.pages.borrow_mut().insert((self.id, self.ring.0), self.page.clone());
-        self.world.ports.borrow_mut().insert((self.id, self.ring.1));
-        self.set_front("pci-op-ref", &self.ring.0.to_string());
-        self.set_front("event-channel", &self.ring.1.to_string());
-        self.set_front("magic", "7");
-        self.set_front("state", "3");
-        rig.settle();
-    }
-
-    /// Publishes and goes to Connected as pcifront does.
-    pub fn connect(&mut self, rig: &mut Rig) {
-        self.publish(rig);
-        assert_eq!(self.back("state").as_deref(), Some("4"), "{:?}", self.back("error"));
-        self.set_front("state", "4");
-        rig.settle();
-    }
-
-    /// One request through page and event channel.
-    pub fn request(&self, rig: &mut Rig, request: RawRequest) -> RawReply {
-        self.page.request.set(request);
-        self.page.flags.set(self.page.flags.get() | PCIF_ACTIVE);
-        let port = self.world.local.borrow()[&(self.id, self.ring.1)];
-        self.world.pending.borrow_mut().insert(port);
-        rig.settle();
-        assert_eq!(self.page.flags.get(), 2, "active is cleared and the client's own bit is not");
-        self.page.reply.take().expect("a reply")
-    }
-
-    /// A configuration read at virtual `devfn`.
-    pub fn read(&self, rig: &mut Rig, devfn: u32, offset: i32, size: i32) -> Result<u32, i32> {
-        let reply = self.request(rig, RawRequest { cmd: 0, devfn, offset, size, ..Default::default() });
-        if reply.err == 0 { Ok(reply.value) } else { Err(reply.err) }
-    }
-
-    /// A configuration write at virtual `devfn`.
-    pub fn write(&self, rig: &mut Rig, devfn: u32, offset: i32, size: i32, value: u32) -> i32 {
-        self.request(rig, RawRequest { cmd: 1, devfn, offset, size, value, ..Default::default() }).err
-    }
-
-    /// What `xl-pciback` does with its list after a detach: function `index` leaves it and the others close
-    /// up, in one transaction.
-    pub fn withdraw(&self, index: usize) {
-        withdraw(&self.world, self.id, index);
-    }
-
-    /// The guest is destroyed: Xen's tools remove its folder.
-    pub fn destroy(&self, rig: &mut Rig) {
-        self.world.remove(&format!("/local/domain/{}", self.id));
-        rig.settle();
-    }
-}
-
-/// [`Guest::withdraw`], for use while the guest is elsewhere.
-pub fn withdraw(world: &World, guest: DomId, index: usize) {
-    let node = |name: &str| format!("/local/domain/{DRIVER}/backend/pci/{guest}/0/{name}");
-    let count: usize = world.get(&node("num_devs")).unwrap().parse().unwrap();
-    let mut changed = vec![node("num_devs")];
-    {
-        let mut nodes = world.nodes.borrow_mut();
-        for name in ["dev", "key", "opts", "id", "irq", "resource", "state", "vdev", "error"] {
-            for at in index..count {
-                let next = nodes.get(&node(&format!("{name}-{}", at + 1))).cloned().filter(|_| at + 1 < count);
-                let path = node(&format!("{name}-{at}"));
-                match next {
-                    Some(value) => drop(nodes.insert(path.clone(), value)),
-                    None => drop(nodes.remove(&path)),
-                }
-                changed.push(path);
-            }
-        }
-        nodes.insert(node("num_devs"), (count - 1).to_string());
-    }
-    world.generation.set(world.generation.get() + 1);
-    // xenstored tells of a transaction's changes when all of them are made.
-    changed.iter().for_each(|path| world.fire(path));
 }
