@@ -228,6 +228,9 @@ fn check_driver(host: &Host<'_>, driver: &Driver, guest: &Guest, function: &Func
     }
 
     let read = |node: &str| told(host.store, &nodes::published(driver.domid, sbdf, node));
+    if read("state").as_deref() == Some("broken") {
+        try_again(host, driver, sbdf);
+    }
     let mut said = false;
     let state = host.wait(host.patience / 3, || match read("state") {
         Some(state) if state != "resetting" => Some(state),
@@ -256,7 +259,7 @@ fn check_driver(host: &Host<'_>, driver: &Driver, guest: &Guest, function: &Func
         Some("broken") => {
             return Err(Failure::new(
                 format!("driver domain {name:?} cannot serve {sbdf}: {}", read("reason").unwrap_or_default()),
-                "mend what it says, then start the driver domain again",
+                "mend what it says, then try again; if it says the same, start the driver domain again",
             ));
         }
         Some(other) => {
@@ -279,6 +282,25 @@ fn check_driver(host: &Host<'_>, driver: &Driver, guest: &Guest, function: &Func
         ));
     }
     Ok(())
+}
+
+/// Asks the driver domain to try a broken function again: what broke it may be over. Without an answer, the state
+/// as it is counts.
+fn try_again(host: &Host<'_>, driver: &Driver, sbdf: Sbdf) {
+    let node = format!("/local/domain/{}/data/pciback/retry", driver.domid);
+    if host.store.write(0, &node, &nodes::folder(sbdf)).is_ok() {
+        eprintln!("xl-pciback: {sbdf}: asking driver domain {:?} to try it again", driver.name);
+        let seen = || host.store.read(0, &node).is_some_and(|wish| wish.is_empty()).then_some(());
+        if host.wait(host.patience / 3, seen).is_none() {
+            // A wish that nobody takes up is not left for later.
+            let _ = host.store.remove(0, &node);
+        }
+    }
+}
+
+/// Whether the driver domain resets the function by itself; otherwise dom0's kernel is asked to.
+pub fn resets_itself(host: &Host<'_>, driver: u32, sbdf: Sbdf) -> bool {
+    told(host.store, &nodes::published(driver, sbdf, "reset")).is_some_and(|method| method != "dom0")
 }
 
 /// Nobody may have the function, and the guest no other backend: it has room for one.
@@ -356,7 +378,9 @@ fn carry_out<'a>(
     let sbdf = function.sbdf;
     let domid = guest.domid;
     host.settle(link, guest, host.patience)?;
-    reset(host, sbdf);
+    if !resets_itself(host, link.driver, sbdf) {
+        reset(host, sbdf);
+    }
 
     host.xen.assign(domid, sbdf, false).map_err(|number| assign_failure(sbdf, number))?;
     undo.push((

@@ -87,7 +87,7 @@ fn render(windows: &[Ecam], functions: &[Function], options: &Options) -> Outcom
     let mode = match options.mode.as_str() {
         "mmcfg0" => "this Xen was booted with mmcfg=0, so the domain may write configuration space",
         "read-only" => "guests' configuration writes are refused",
-        _ => "read-only in this version; boot Xen with mmcfg=0 and say mode=mmcfg0 to let guests write",
+        _ => "full function on a Xen with the config-owner change, else read-only (xl-pciback status tells which)",
     };
     Ok(format!(
         "# Driver domain for PCI functions, written by xl-pciback config.\n{comments}# mode={}: {mode}\n\

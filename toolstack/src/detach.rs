@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use pciback::sbdf::Sbdf;
 
-use crate::attach::{Host, find_driver, quarantine, reset, withdraw};
+use crate::attach::{Host, find_driver, quarantine, reset, resets_itself, withdraw};
 use crate::domains::Guest;
 use crate::error::{Failure, Outcome, errno};
 use crate::nodes::{self, Link};
@@ -88,7 +88,9 @@ fn ask(host: &Host<'_>, link: &Link, guest: &Guest, function: &Function, options
     }
     let others = rights::others(host, guest.domid, sbdf);
     let withdrawn = withdraw(host, link, sbdf);
-    finish(host, guest, function, &others, withdrawn)
+    // A function that was taken by force has not been handed over; one that was released has.
+    let clean = released.is_some() && resets_itself(host, link.driver, sbdf);
+    finish(host, guest, function, &others, withdrawn, clean)
 }
 
 /// The driver domain has ended, or was started anew, while the guest had the function. Nobody can tell the
@@ -123,16 +125,18 @@ fn orphan(host: &Host<'_>, guest: &Guest, function: &Function, options: &Options
         }
         Ok(())
     });
-    finish(host, guest, function, &others, forgotten)
+    finish(host, guest, function, &others, forgotten, false)
 }
 
-/// Takes away what the guest used. A failure of one step is no reason to leave out another.
+/// Takes away what the guest used. A failure of one step is no reason to leave out another. `clean` says that the
+/// driver domain has reset the function.
 fn finish(
     host: &Host<'_>,
     guest: &Guest,
     function: &Function,
     others: &[Function],
     withdrawn: Result<(), i32>,
+    clean: bool,
 ) -> Outcome<String> {
     let (sbdf, domid) = (function.sbdf, guest.domid);
     let mut problems = Vec::new();
@@ -158,7 +162,9 @@ fn finish(
     }
     note("assignment", host.xen.deassign(domid, sbdf));
     let quarantined = quarantine(host, sbdf);
-    reset(host, sbdf);
+    if !clean {
+        reset(host, sbdf);
+    }
     // What kept it out of quarantine (MASKALL left set, EBUSY) may have gone with the reset.
     note("quarantine", quarantined.or_else(|_| quarantine(host, sbdf)));
     if problems.is_empty() {

@@ -1,5 +1,5 @@
-//! `list`: every driver domain's functions and where they are. Which functions there are is read from
-//! the driver domains' configurations; how they stand, from what the driver domains publish.
+//! `list` and `status`: every driver domain's functions, where they are, and how they stand. Which functions there
+//! are is read from the driver domains' configurations; how they stand, from what the driver domains publish.
 
 use serde_json::{Value, json};
 
@@ -14,7 +14,7 @@ pub struct Row {
     pub driver: (u32, String),
     /// Address.
     pub function: String,
-    /// `ready`, `in-use`, `broken`, or `unknown` while the driver domain has not said.
+    /// `resetting`, `ready`, `in-use`, `broken`, or `unknown` while the driver domain has not said.
     pub state: String,
     /// Vendor and device id.
     pub id: String,
@@ -28,6 +28,14 @@ pub struct Row {
     pub reason: Option<String>,
     /// Mode of the driver domain.
     pub mode: String,
+    /// Why it is in that mode.
+    pub mode_why: String,
+    /// How the function is reset between guests: `flr`, `af`, `pm`, `dom0` or `none`.
+    pub reset: Option<String>,
+    /// What it uses: `INTx`, `MSI N` or `MSI-X N`, with N vectors.
+    pub interrupts: Option<String>,
+    /// What the checks of its MSI-X state found.
+    pub msix: Option<String>,
 }
 
 /// All rows.
@@ -37,7 +45,8 @@ pub struct Row {
 pub fn rows(host: &Host<'_>) -> Outcome<Vec<Row>> {
     let mut rows = Vec::new();
     for driver in host.domains.drivers()? {
-        let mode = told(host.store, &format!("/local/domain/{}/data/pciback/mode", driver.domid));
+        let own = |node: &str| told(host.store, &format!("/local/domain/{}/data/pciback/{node}", driver.domid));
+        let (mode, mode_why) = (own("mode").unwrap_or_default(), own("mode-why").unwrap_or_default());
         for device in &driver.config.devices {
             let sbdf = device.sbdf;
             let read = |node: &str| {
@@ -58,7 +67,11 @@ pub fn rows(host: &Host<'_>) -> Outcome<Vec<Row>> {
                 promised: device.guest.clone(),
                 address,
                 reason: read("reason"),
-                mode: mode.clone().unwrap_or_default(),
+                mode: mode.clone(),
+                mode_why: mode_why.clone(),
+                reset: read("reset"),
+                interrupts: read("interrupts"),
+                msix: read("msix"),
             });
         }
     }
@@ -99,8 +112,36 @@ pub fn table(rows: &[Row]) -> String {
     lines.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
-/// As JSON: an array of objects with the keys `driver_domid`, `driver`, `mode`, `function`, `id`,
-/// `state`, `reason`, `guest_domid`, `guest`, `promised_to`, `guest_address`; what does not apply is null.
+/// As text with a paragraph a function, for `status`.
+pub fn details(rows: &[Row]) -> String {
+    let paragraph = |row: &Row| {
+        let mut text = format!("{} {}: {}", row.function, row.id, row.state);
+        if let Some((id, name)) = &row.guest {
+            text.push_str(&format!(", guest {name} ({id})"));
+        }
+        let lines = [
+            ("reason", row.reason.clone()),
+            ("address in guest", row.address.clone()),
+            ("promised to", row.promised.clone()),
+            ("interrupts", row.interrupts.clone()),
+            ("MSI-X", row.msix.clone()),
+            ("reset", row.reset.clone()),
+            ("driver domain", Some(format!("{} ({}), mode {}", row.driver.1, row.driver.0, row.mode))),
+            ("mode because", Some(row.mode_why.clone()).filter(|why| !why.is_empty())),
+        ];
+        for (name, value) in lines {
+            if let Some(value) = value {
+                text.push_str(&format!("\n  {name:17} {value}"));
+            }
+        }
+        text
+    };
+    rows.iter().map(paragraph).collect::<Vec<_>>().join("\n\n")
+}
+
+/// As JSON: an array of objects with the keys `driver_domid`, `driver`, `mode`, `mode_why`, `function`, `id`,
+/// `state`, `reason`, `guest_domid`, `guest`, `promised_to`, `guest_address`, `reset`, `interrupts`, `msix`; what does
+/// not apply is null.
 pub fn json(rows: &[Row]) -> Value {
     rows.iter()
         .map(|row| {
@@ -108,6 +149,7 @@ pub fn json(rows: &[Row]) -> Value {
                 "driver_domid": row.driver.0,
                 "driver": row.driver.1,
                 "mode": row.mode,
+                "mode_why": row.mode_why,
                 "function": row.function,
                 "id": row.id,
                 "state": row.state,
@@ -116,6 +158,9 @@ pub fn json(rows: &[Row]) -> Value {
                 "guest": row.guest.as_ref().map(|guest| guest.1.clone()),
                 "promised_to": row.promised,
                 "guest_address": row.address,
+                "reset": row.reset,
+                "interrupts": row.interrupts,
+                "msix": row.msix,
             })
         })
         .collect()

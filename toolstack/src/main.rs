@@ -49,6 +49,7 @@ Commands:
                              [--driver NAME] [--permissive]
   detach GUEST BDF           take it away again   [--driver NAME] [--timeout SECONDS] [--force]
   list                       show driver domains, functions and guests   [--json]
+  status [BDF...]            show in detail how functions stand   [--json]
 
 BDF is SSSS:BB:DD.F or BB:DD.F (hexadecimal); GUEST is a name or a domain number.
 --libdir DIR (or XL_PCIBACK_LIBDIR) names the folder of Xen's libraries where they are in no usual one.
@@ -112,10 +113,21 @@ Interrupted (Ctrl-C) while it waits, the guest keeps the function.
 Usage: xl-pciback list [--json]
 Shows every function of every driver domain.
   --json           an array with an object a function; keys are added in later versions, never changed:
-                   driver_domid (number), driver (name), mode, function (SSSS:BB:DD.F), id (vvvv:dddd),
-                   state (unknown, ready, in-use, broken), reason (why it is broken), guest_domid (number)
-                   and guest (name) that have it, promised_to (the only guest that may have it),
-                   guest_address (SSSS:BB:DD.FF). What does not apply is null.
+                   driver_domid (number), driver (name), mode, mode_why, function (SSSS:BB:DD.F),
+                   id (vvvv:dddd), state (unknown, resetting, ready, in-use, broken), reason (why it is broken),
+                   guest_domid (number) and guest (name) that have it, promised_to (the only guest that may
+                   have it), guest_address (SSSS:BB:DD.FF), reset, interrupts, msix (see status).
+                   What does not apply is null.
+"
+        }
+        "status" => {
+            "\
+Usage: xl-pciback status [--json] [BDF...]
+Shows how functions stand, all or those named: state and reason, guest, what interrupts they use (INTx, or MSI
+or MSI-X with the number of vectors), how many entries the MSI-X table has and how often Xen's stale MSI-X state
+had to be reset, how they are reset between guests (flr, af, pm: by the driver domain; dom0: by this tool; none),
+and the driver domain's mode with its reason.
+  --json           as list --json
 "
         }
         _ => return None,
@@ -148,7 +160,7 @@ fn options(command: &str) -> &'static [&'static str] {
         "config" => &["guest", "name", "kernel", "permissive", "mode"],
         "attach" => &["driver", "permissive"],
         "detach" => &["driver", "timeout", "force"],
-        "list" => &["json"],
+        "list" | "status" => &["json"],
         _ => &[],
     }
 }
@@ -302,6 +314,7 @@ fn run() -> Outcome<()> {
         Attach(&'a str, Sbdf),
         Detach(&'a str, Sbdf),
         List,
+        Status(Vec<Sbdf>),
     }
     let job = match command {
         "assignable-add" => Job::Add(addresses(words)?),
@@ -309,13 +322,14 @@ fn run() -> Outcome<()> {
         "assignable-list" => none(words).map(|()| Job::Assignable)?,
         "attach" => guest_and_address(words).map(|(guest, sbdf)| Job::Attach(guest, sbdf))?,
         "detach" => guest_and_address(words).map(|(guest, sbdf)| Job::Detach(guest, sbdf))?,
+        "status" => Job::Status(words.iter().map(|word| address(word)).collect::<Outcome<_>>()?),
         _ => none(words).map(|()| Job::List)?,
     };
     let libdir = line.libdir.or_else(|| std::env::var("XL_PCIBACK_LIBDIR").ok());
     let xen = Xen::open(libdir.as_deref())?;
     let host = Host { xen: &xen, store: &xen, sysfs: &sysfs, domains: &Xl, patience: attach::PATIENCE };
     // From here on an interrupt ends waits, not the program in the middle of a change.
-    if !matches!(job, Job::Assignable | Job::List) {
+    if !matches!(job, Job::Assignable | Job::List | Job::Status(_)) {
         xen::hold_interrupts();
     }
     match job {
@@ -337,6 +351,21 @@ fn run() -> Outcome<()> {
                 println!("{:#}", list::json(&rows));
             } else {
                 println!("{}", list::table(&rows));
+            }
+        }
+        Job::Status(wanted) => {
+            let mut rows = list::rows(&host)?;
+            if let Some(missing) = wanted.iter().find(|sbdf| !rows.iter().any(|row| row.function == sbdf.to_string())) {
+                return Err(Failure::new(
+                    format!("no running driver domain has {missing}"),
+                    "xl-pciback list shows the functions of all driver domains",
+                ));
+            }
+            rows.retain(|row| wanted.is_empty() || wanted.iter().any(|sbdf| sbdf.to_string() == row.function));
+            if line.json {
+                println!("{:#}", list::json(&rows));
+            } else {
+                println!("{}", list::details(&rows));
             }
         }
     }

@@ -65,7 +65,7 @@ impl Link {
 pub const PER_FUNCTION: [&str; 10] = ["dev", "key", "opts", "id", "irq", "resource", "state", "vdev", "error", "name"];
 
 /// The address as a part of a path: xenstored takes neither colons nor dots.
-fn folder(sbdf: Sbdf) -> String {
+pub fn folder(sbdf: Sbdf) -> String {
     sbdf.to_string().replace([':', '.'], "-")
 }
 

@@ -36,6 +36,8 @@ struct Fake {
     /// Whether driver domain and frontend answer.
     alive: Cell<bool>,
     refuse: Cell<bool>,
+    /// Whether another try makes a broken function ready.
+    mends: Cell<bool>,
 }
 
 impl Fake {
@@ -75,6 +77,7 @@ impl Fake {
             fail_at: Cell::new(0),
             alive: Cell::new(true),
             refuse: Cell::new(false),
+            mends: Cell::new(false),
         };
         for (path, value) in [
             ("/local/domain/2/name", "pciback0"),
@@ -160,6 +163,11 @@ impl Fake {
     fn react(&self) {
         let base = "/local/domain/2/backend/pci/3/0";
         let mut nodes = self.nodes.borrow_mut();
+        let retry = "/local/domain/2/data/pciback/retry";
+        if self.mends.get() && nodes.get(retry).is_some_and(|wish| wish == "0000-01-00-0") {
+            nodes.insert("/local/domain/2/data/pciback/device/0000-01-00-0/state".into(), "ready".into());
+            nodes.insert(retry.into(), String::new());
+        }
         if !self.alive.get() || !nodes.contains_key(&format!("{base}/state")) {
             return;
         }
@@ -415,7 +423,37 @@ fn every_wrong_start_has_its_own_message_and_changes_nothing() {
         assert!(failure.what.contains(told), "{failure}");
         assert!(failure.remedy.contains(remedy), "{failure}");
         assert_eq!(*fake.nodes.borrow(), before, "{told}");
-        assert!(fake.log.borrow().is_empty(), "{told}");
+        // The wish that a broken function be tried again is taken back where nobody hears it.
+        fake.log.borrow_mut().retain(|what| !what.ends_with("/data/pciback/retry"));
+        assert_eq!(*fake.log.borrow(), Vec::<String>::new(), "{told}");
+    }
+}
+
+/// What broke a function may be over: a guest whose vectors were mapped has died.
+#[test]
+fn a_broken_function_is_tried_again_before_it_is_given_up() {
+    let fake = Fake::new("retry");
+    let device = "/local/domain/2/data/pciback/device/0000-01-00-0";
+    fake.set(&format!("{device}/state"), "broken");
+    fake.set(&format!("{device}/reason"), "release_msix answered -EBUSY (-16)");
+    assert!(fake.attach().expect_err("still broken").what.contains("-EBUSY"));
+    assert!(!fake.nodes.borrow().contains_key("/local/domain/2/data/pciback/retry"), "no wish is left behind");
+    fake.mends.set(true);
+    fake.attach().unwrap();
+}
+
+/// dom0's reset behind the back of a driver domain that has just restored and checked the function would undo it.
+#[test]
+fn dom0_resets_only_what_has_no_reset_of_its_own() {
+    for (method, dom0s) in [("flr", false), ("none", false), ("dom0", true)] {
+        let fake = Fake::new(&format!("reset-{method}"));
+        let reset = fake.root.join(format!("sys/bus/pci/devices/{NIC}/reset"));
+        fake.set("/local/domain/2/data/pciback/device/0000-01-00-0/reset", method);
+        fake.attach().unwrap();
+        assert_eq!(fs::read_to_string(&reset).unwrap() == "1", dom0s, "attach, {method}");
+        fs::write(&reset, "").unwrap();
+        fake.detach(false).unwrap();
+        assert_eq!(fs::read_to_string(&reset).unwrap() == "1", dom0s, "detach, {method}");
     }
 }
 
