@@ -27,13 +27,15 @@ stty -F /dev/ttyS1 raw -echo 115200
 while :; do rig-agent serve </dev/ttyS1 >/dev/ttyS1; sleep 1; done
 "#;
 
-/// The guest's init. Kernel messages go to the console until the command server needs it for itself.
+/// The guest's init. Kernel messages go to the console until the command server needs it for itself. `MODULE.PARAMETER=VALUE`
+/// on its command line is for that module, without blanks.
 const GUEST_INIT: &str = r#"#!/bin/busybox sh
 export PATH=/bin
 /bin/busybox --install -s /bin
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
-for m in crct10dif_common crc-t10dif crc64 crc64-rocksoft t10-pi nvme-keyring nvme-auth nvme-core nvme e1000e xen-pcifront; do
-  [ -e /modules/$m.ko ] && insmod /modules/$m.ko
+for m in crct10dif_common crc-t10dif crc64 crc64-rocksoft t10-pi nvme-keyring nvme-auth nvme-core nvme e1000e \
+  scsi_common scsi_mod sd_mod usb-common usbcore usb-storage xhci-hcd xhci-pci-renesas xhci-pci libata libahci ahci xen-pcifront; do
+  [ -e /modules/$m.ko ] && insmod /modules/$m.ko $(tr ' ' '\n' </proc/cmdline | sed -n "s/^$m\.//p")
 done
 dmesg -n 1
 stty -F /dev/hvc0 raw -echo
@@ -90,7 +92,7 @@ pub fn dom0(base: &Base, parts: Parts<'_>, shell: bool) -> Result<Vec<u8>> {
     for entry in std::fs::read_dir(&base.modules).context(base.modules.display())?.flatten() {
         archive.file(&format!("modules/{}", entry.file_name().to_string_lossy()), 0o644, &read(entry.path())?);
     }
-    archive.file("boot/vmlinuz", 0o644, &read(&base.linux)?);
+    archive.file("boot/vmlinux", 0o644, &read(&base.vmlinux)?);
     archive.file("boot/guest.img", 0o644, &guest(base, parts.agent)?);
     let shell = if shell { "setsid cttyhack sh </dev/hvc0 >/dev/hvc0 2>&1; poweroff -f" } else { "" };
     let init = DOM0_INIT

@@ -5,6 +5,7 @@
 
 pub mod bench;
 pub mod builds;
+pub mod compare;
 pub mod cpio;
 pub mod demo;
 pub mod dom0;
@@ -15,3 +16,4 @@ pub mod packages;
 pub mod runner;
 pub mod scenarios;
 pub mod tools;
+pub mod xen;

@@ -100,7 +100,7 @@ impl Release {
 }
 
 /// Modules of the kernel package that dom0 and guests load; not every release has each.
-const MODULES: [&str; 17] = [
+const MODULES: [&str; 29] = [
     "xen-evtchn",
     "xen-gntdev",
     "xen-gntalloc",
@@ -118,10 +118,22 @@ const MODULES: [&str; 17] = [
     "crc64-rocksoft",
     "t10-pi",
     "e1000e",
+    "scsi_common",
+    "scsi_mod",
+    "sd_mod",
+    "usb-common",
+    "usbcore",
+    "usb-storage",
+    "xhci-hcd",
+    "xhci-pci-renesas",
+    "xhci-pci",
+    "libata",
+    "libahci",
+    "ahci",
 ];
 
 /// Changes when what is made of the packages changes, so that an old cache is made anew.
-const LAYOUT: &str = "1";
+const LAYOUT: &str = "4";
 
 /// The unpacked packages of a release.
 #[derive(Debug, Clone)]
@@ -130,16 +142,37 @@ pub struct Base {
     pub release: Release,
     /// Xen, an ELF file.
     pub xen: PathBuf,
-    /// Linux, for dom0 and guests.
+    /// Linux, as the package has it, for dom0.
     pub linux: PathBuf,
+    /// The same unpacked, for guests: dom0's tools would unpack it at every start of one, which takes seconds here.
+    pub vmlinux: PathBuf,
     /// Modules, decompressed.
     pub modules: PathBuf,
     /// dom0's root without init.
     pub dom0: PathBuf,
 }
 
+/// What an apt source offers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Binary packages.
+    Binary,
+    /// Source packages.
+    Source,
+}
+
+impl Kind {
+    /// apt's word for it.
+    fn word(self) -> &'static str {
+        match self {
+            Kind::Binary => "deb",
+            Kind::Source => "deb-src",
+        }
+    }
+}
+
 /// Keeps the host's Debian sources only, for another release. Understands one-line and deb822 form.
-fn swap_release(text: &str, deb822: bool, host: &str, wanted: &str) -> String {
+fn swap_release(text: &str, deb822: bool, host: &str, wanted: &str, kind: Kind) -> String {
     let swap = |suite: &str| match suite.strip_prefix(host) {
         Some(rest) if rest.is_empty() || rest.starts_with('-') || rest.starts_with('/') => {
             Some(format!("{wanted}{rest}"))
@@ -166,7 +199,9 @@ fn swap_release(text: &str, deb822: bool, host: &str, wanted: &str) -> String {
                     ours = !suites.is_empty();
                     stanza.push_str(&format!("Suites: {}\n", suites.join(" ")));
                 }
-                Some((key, _)) if key.eq_ignore_ascii_case("types") => stanza.push_str("Types: deb\n"),
+                Some((key, _)) if key.eq_ignore_ascii_case("types") => {
+                    stanza.push_str(&format!("Types: {}\n", kind.word()));
+                }
                 _ => {
                     stanza.push_str(line);
                     stanza.push('\n');
@@ -183,6 +218,7 @@ fn swap_release(text: &str, deb822: bool, host: &str, wanted: &str) -> String {
         let Some(suite) = words.get_mut(options + 2) else { continue };
         let Some(swapped) = swap(suite) else { continue };
         *suite = swapped;
+        words[0] = kind.word().to_owned();
         out.push_str(&words.join(" "));
         out.push('\n');
     }
@@ -190,12 +226,12 @@ fn swap_release(text: &str, deb822: bool, host: &str, wanted: &str) -> String {
 }
 
 /// apt with private directories and one release's sources.
-struct Apt {
+pub(crate) struct Apt {
     dir: PathBuf,
 }
 
 impl Apt {
-    fn new(release: Release, dir: &Path) -> Result<Self> {
+    pub(crate) fn new(release: Release, dir: &Path, kind: Kind) -> Result<Self> {
         let host = String::from_utf8_lossy(&read("/etc/os-release")?)
             .lines()
             .find_map(|line| line.strip_prefix("VERSION_CODENAME=").map(|name| name.trim_matches('"').to_owned()))
@@ -213,7 +249,7 @@ impl Apt {
         for (n, file) in files.iter().enumerate() {
             let Ok(text) = std::fs::read_to_string(file) else { continue };
             let deb822 = file.extension().is_some_and(|ext| ext == "sources");
-            let swapped = swap_release(&text, deb822, &host, release.name());
+            let swapped = swap_release(&text, deb822, &host, release.name(), kind);
             if !swapped.is_empty() {
                 found = true;
                 write(parts.join(format!("{n}.{}", if deb822 { "sources" } else { "list" })), swapped)?;
@@ -227,7 +263,7 @@ impl Apt {
         Ok(Self { dir: dir.to_owned() })
     }
 
-    fn command(&self, program: &str) -> Command {
+    pub(crate) fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
         let set = |key: &str, value: &str| format!("{key}={value}");
         let at = |sub: &str| self.dir.join(sub).to_string_lossy().into_owned();
@@ -246,7 +282,7 @@ impl Apt {
         command
     }
 
-    fn update(&self) -> Result<()> {
+    pub(crate) fn update(&self) -> Result<()> {
         run(self.command("apt-get").arg("update")).map(drop)
     }
 
@@ -274,7 +310,7 @@ fn unpack(deb: &Path, into: &Path) -> Result<()> {
 }
 
 /// Runs `make` into a directory that only appears when all of it worked.
-fn once(dir: &Path, stamp: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+pub(crate) fn once(dir: &Path, stamp: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let done = dir.join("complete");
     if std::fs::read_to_string(&done).is_ok_and(|text| text == stamp) {
         return Ok(());
@@ -291,7 +327,7 @@ pub fn base(release: Release) -> Result<Base> {
     let packages = release.packages();
     once(&cache.join("debs"), &packages.join(" "), |dir| {
         say(format!("{}: fetching packages", release.name()));
-        let apt = Apt::new(release, &cache.join("apt"))?;
+        let apt = Apt::new(release, &cache.join("apt"), Kind::Binary)?;
         apt.update()?;
         let kernel = apt
             .depends("linux-image-amd64")?
@@ -312,6 +348,7 @@ pub fn base(release: Release) -> Result<Base> {
         release,
         xen: tree.join("xen"),
         linux: tree.join("linux"),
+        vmlinux: tree.join("vmlinux"),
         modules: tree.join("modules"),
         dom0: tree.join("dom0"),
     })
@@ -390,18 +427,56 @@ fn assemble(release: Release, from: &Path, dir: &Path) -> Result<()> {
         };
         write(modules.join(&names[0]), bytes)?;
     }
-    for module in ["xen-privcmd", "xen-evtchn", "xenfs", "nvme", "e1000e", "xen-pcifront", "xen-pciback"] {
+    for module in [
+        "xen-privcmd",
+        "xen-evtchn",
+        "xenfs",
+        "nvme",
+        "e1000e",
+        "xhci-pci",
+        "usb-storage",
+        "xen-pcifront",
+        "xen-pciback",
+    ] {
         if !modules.join(format!("{module}.ko")).exists() {
             return Err(fail!("the kernel package of {} has no module {module}", release.name()));
         }
     }
     let linux = find_file(&kernel.join("boot"), &|name| name.starts_with("vmlinuz-"))
         .ok_or_else(|| fail!("the kernel package of {} has no vmlinuz", release.name()))?;
-    write(dir.join("linux"), read(linux)?)?;
+    let linux = read(linux)?;
+    write(dir.join("vmlinux"), unpacked(&linux)?)?;
+    write(dir.join("linux"), linux)?;
     let packed = hypervisor.join(format!("boot/xen-{}-amd64.gz", release.xen()));
     write(dir.join("xen"), run(Command::new("gzip").arg("-dc").arg(packed))?)?;
     remove_tree(kernel)?;
     remove_tree(hypervisor)
+}
+
+/// The kernel inside a bzImage: an ELF file. Places by Linux's boot protocol: `setup_sects` (0x1f1), `payload_offset`
+/// (0x248) and `payload_length` (0x24c).
+fn unpacked(image: &[u8]) -> Result<Vec<u8>> {
+    let number = |at: usize| {
+        let bytes = image.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
+        bytes.map(|bytes| u32::from_le_bytes(bytes) as usize).ok_or_else(|| fail!("the kernel is no bzImage"))
+    };
+    let sectors = usize::from(*image.get(0x1f1).ok_or_else(|| fail!("the kernel is no bzImage"))?);
+    let start = (sectors + 1) * 512 + number(0x248)?;
+    // The size behind the data is not the packer's.
+    let data =
+        image.get(start..start + number(0x24c)?.saturating_sub(4)).ok_or_else(|| fail!("the kernel is cut off"))?;
+    let (packer, suffix) = match data {
+        [0xfd, b'7', b'z', b'X', b'Z', ..] => ("xz", "xz"),
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => ("zstd", "zst"),
+        [0x1f, 0x8b, ..] => ("gzip", "gz"),
+        _ => return Err(fail!("the kernel is packed in a way that is not known: {:02x?}", data.get(..6))),
+    };
+    let packed = std::env::temp_dir().join(format!("pciback-stubdom-kernel.{}.{suffix}", std::process::id()));
+    write(&packed, data)?;
+    let elf = run(Command::new(packer).arg("-dc").arg(&packed));
+    std::fs::remove_file(&packed).context(packed.display())?;
+    let elf = elf?;
+    if elf.starts_with(b"\x7fELF") { Ok(elf) } else { Err(fail!("the unpacked kernel is no ELF file")) }
 }
 
 /// The include folder of a release's Xen headers (package libxen-dev).
@@ -410,7 +485,7 @@ pub fn headers(release: Release) -> Result<PathBuf> {
     let dir = cache.join("headers");
     once(&dir, "libxen-dev", |dir| {
         say(format!("{}: fetching Xen's headers", release.name()));
-        let apt = Apt::new(release, &cache.join("apt"))?;
+        let apt = Apt::new(release, &cache.join("apt"), Kind::Binary)?;
         apt.update()?;
         apt.download(&["libxen-dev".to_owned()], dir)?;
         for deb in debs(dir)? {
@@ -435,7 +510,7 @@ mod tests {
         let text = "Types: deb deb-src\nURIs: http://mirror.example/debian\nSuites: bookworm bookworm-updates\nComponents: main\n\n\
                     Types: deb\nURIs: http://mirror.example/other\nSuites: cloud-bookworm\nComponents: main\n";
         assert_eq!(
-            swap_release(text, true, "bookworm", "trixie"),
+            swap_release(text, true, "bookworm", "trixie", Kind::Binary),
             "Types: deb\nURIs: http://mirror.example/debian\nSuites: trixie trixie-updates\nComponents: main\n\n"
         );
     }
@@ -445,8 +520,18 @@ mod tests {
         let text = "# comment\ndeb [arch=amd64 signed-by=/k] http://mirror.example/debian trixie-security main\n\
                     deb http://mirror.example/x nodistro main\ndeb-src http://mirror.example/debian trixie main\n";
         assert_eq!(
-            swap_release(text, false, "trixie", "bookworm"),
+            swap_release(text, false, "trixie", "bookworm", Kind::Binary),
             "deb [arch=amd64 signed-by=/k] http://mirror.example/debian bookworm-security main\n"
+        );
+    }
+
+    #[test]
+    fn sources_of_packages_are_derived_from_those_of_binaries() {
+        let stanza = "Types: deb\nURIs: http://mirror.example/debian\nSuites: bookworm\nComponents: main\n";
+        assert!(swap_release(stanza, true, "bookworm", "trixie", Kind::Source).starts_with("Types: deb-src\n"));
+        assert_eq!(
+            swap_release("deb http://mirror.example/debian trixie main\n", false, "trixie", "trixie", Kind::Source),
+            "deb-src http://mirror.example/debian trixie main\n"
         );
     }
 }

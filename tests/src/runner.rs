@@ -7,9 +7,10 @@ use std::time::Instant;
 use crate::dom0::{BREAKPOINT, Outcome, Rig, Stop};
 use crate::initramfs::Parts;
 use crate::machine::{self, Machine, Options};
-use crate::packages::{self, Release};
+use crate::packages::{self, Base, Release};
 use crate::scenarios::{Boot, Scenario};
 use crate::tools::{Result, root, say, tail};
+use crate::xen::{self, Hypervisor};
 use crate::{builds, tools};
 
 /// One line of the table.
@@ -60,7 +61,7 @@ pub fn table(lines: &[Line]) -> (String, usize, usize, usize) {
             }
         };
         let why = why.lines().next().unwrap_or_default();
-        let _ = writeln!(text, "{:9} {:16} {kind:8} {:6.1} s  {why}", line.place, line.name, line.seconds);
+        let _ = writeln!(text, "{:16} {:16} {kind:8} {:6.1} s  {why}", line.place, line.name, line.seconds);
     }
     (text, passed, failed, skipped)
 }
@@ -90,21 +91,46 @@ impl Built {
 
 /// Where a boot's logs go.
 pub fn log_dir(release: Release, boot: Boot) -> PathBuf {
-    let name = match boot {
-        Boot::Writable => release.name().to_owned(),
-        Boot::Plain => format!("{}-plain", release.name()),
+    let kind = match boot {
+        Boot::Writable => "",
+        Boot::Plain => "-plain",
+        Boot::Changed => "-changed",
     };
-    root().join("target/rig").join(name)
+    root().join("target/rig").join(format!("{}{kind}", release.name()))
+}
+
+/// The hypervisor of a boot.
+pub fn hypervisor(boot: Boot) -> Hypervisor {
+    match boot {
+        Boot::Writable | Boot::Plain => Hypervisor::Stock,
+        Boot::Changed => Hypervisor::ConfigOwner,
+    }
+}
+
+/// What a release's machines are made of, with the hypervisor asked for.
+pub fn base(release: Release, hypervisor: Hypervisor) -> Result<Base> {
+    let mut base = packages::base(release)?;
+    if hypervisor == Hypervisor::ConfigOwner {
+        base.xen = xen::changed_or_given(release)?;
+    }
+    Ok(base)
+}
+
+/// The words for Xen's command line that make a boot what it is. Where Xen does not use ECAM nobody owns a frame of it,
+/// so the changed hypervisor never gets `mmcfg=0`.
+pub fn boot_args(boot: Boot, more: &str) -> String {
+    let mmcfg = if boot == Boot::Writable { "mmcfg=0 " } else { "" };
+    format!("{mmcfg}{more}")
 }
 
 /// Boots and creates the driver domain.
 pub fn boot(built: &Built, release: Release, boot: Boot, xen_args: &str) -> Outcome<Rig> {
-    let base = packages::base(release)?;
-    let mmcfg = if boot == Boot::Writable { "mmcfg=0 " } else { "" };
+    let hypervisor = hypervisor(boot);
+    let base = base(release, hypervisor)?;
     let dir = log_dir(release, boot);
     tools::make_dir(&dir)?;
-    say(format!("{}: booting Xen {}", release.name(), release.xen()));
-    let options = Options { xen_args: format!("{mmcfg}{xen_args}"), shell: false, dir };
+    say(format!("{}: booting Xen {}{hypervisor}", release.name(), release.xen()));
+    let options = Options { xen_args: boot_args(boot, xen_args), shell: false, dir };
     let machine = match Machine::boot(&base, built.parts(), &options) {
         Err(error) if machine::console(&options.dir).contains(BREAKPOINT) => {
             say(format!("{}: booting once more, because the emulator killed dom0: {error}", release.name()));
@@ -154,11 +180,12 @@ fn run_one(rig: &mut Rig, scenario: &Scenario) -> Outcome {
     outcome
 }
 
-/// Runs scenarios on one release. Machines that did not survive are booted again.
-pub fn run(built: &Built, release: Release, scenarios: &[Scenario], xen_args: &str) -> Vec<Line> {
+/// Runs scenarios on one release, each in the boots it is paired with. Machines that did not survive are booted again.
+pub fn run(built: &Built, release: Release, scenarios: &[(Boot, Scenario)], xen_args: &str) -> Vec<Line> {
     let mut lines = Vec::new();
-    for kind in [Boot::Writable, Boot::Plain] {
-        let mut todo = scenarios.iter().filter(|scenario| scenario.boot == kind).peekable();
+    for kind in Boot::ALL {
+        let mut todo = scenarios.iter().filter(|(boot, _)| *boot == kind).map(|(_, scenario)| scenario).peekable();
+        let place = format!("{} {}", release.name(), kind.name());
         // The first boot of a kind makes the logs' directory anew.
         if todo.peek().is_some() {
             let _ = tools::remove_tree(log_dir(release, kind));
@@ -171,19 +198,31 @@ pub fn run(built: &Built, release: Release, scenarios: &[Scenario], xen_args: &s
                     Ok(rig) => machine = Some(rig),
                     Err(stop) => {
                         broken_boots += 1;
-                        lines.push(Line::of(release.name(), "boot", || Err(stop.clone())));
+                        lines.push(Line::of(&place, "boot", || Err(stop.clone())));
                         if broken_boots > 1 {
                             break;
                         }
                     }
                 }
             }
-            let Some(rig) = machine.as_mut() else {
-                lines.push(Line::of(release.name(), scenario.name, || Err(Stop::Error("no machine".to_owned()))));
+            if machine.is_none() {
+                lines.push(Line::of(&place, scenario.name, || Err(Stop::Error("no machine".to_owned()))));
                 continue;
-            };
-            lines.push(Line::of(release.name(), scenario.name, || run_twice_if_needed(rig, scenario)));
-            if let Err(stop) = rig.clean_up(true) {
+            }
+            lines.push(Line::of(&place, scenario.name, || {
+                let Some(rig) = machine.as_mut() else { return Err(Stop::Error("no machine".to_owned())) };
+                let outcome = run_twice_if_needed(rig, scenario);
+                if outcome.is_ok() || !rig.machine.emulator_died() {
+                    return outcome;
+                }
+                say(format!("{place}: {}: on a new machine, because the emulator died", scenario.name));
+                // Only one can run.
+                machine = None;
+                run_one(machine.insert(boot(built, release, kind, xen_args)?), scenario)
+            }));
+            if let Some(rig) = machine.as_mut()
+                && let Err(stop) = rig.clean_up(true)
+            {
                 say(format!("{}: a new machine, because cleaning up failed: {stop}", release.name()));
                 machine = None;
             }
@@ -195,6 +234,11 @@ pub fn run(built: &Built, release: Release, scenarios: &[Scenario], xen_args: &s
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_one_boot_switches_ecam_off() {
+        assert_eq!(Boot::ALL.map(|boot| boot_args(boot, "x")), ["mmcfg=0 x", "x", "x"]);
+    }
 
     #[test]
     fn the_table_counts_each_kind() {

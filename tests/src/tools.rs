@@ -167,15 +167,20 @@ const NEEDED: [(&str, &str); 9] = [
     ("/usr/include/stdio.h", "libc6-dev"),
 ];
 
-/// Packages that are missing on the host.
-pub fn missing_packages() -> Vec<&'static str> {
+/// Packages that are missing on the host, of a list of programs and files and the package each is in.
+fn missing_of(needed: &[(&str, &'static str)]) -> Vec<&'static str> {
     let there = |name: &str| if name.starts_with('/') { Path::new(name).exists() } else { on_path(name) };
-    NEEDED.iter().filter(|(name, _)| !there(name)).map(|(_, package)| *package).collect()
+    needed.iter().filter(|(name, _)| !there(name)).map(|(_, package)| *package).collect()
+}
+
+/// Installs what the rig misses on the host, or names the command that does.
+pub fn install_missing() -> Result<()> {
+    install_missing_of(&NEEDED)
 }
 
 /// Installs what is missing on the host, or names the command that does.
-pub fn install_missing() -> Result<()> {
-    let missing = missing_packages();
+pub fn install_missing_of(needed: &[(&str, &'static str)]) -> Result<()> {
+    let missing = missing_of(needed);
     if missing.is_empty() {
         return Ok(());
     }
@@ -192,7 +197,7 @@ pub fn install_missing() -> Result<()> {
     };
     run(apt().arg("update"))?;
     run(apt().args(["install", "-y", "--no-install-recommends"]).args(&missing))?;
-    let still = missing_packages();
+    let still = missing_of(needed);
     if still.is_empty() { Ok(()) } else { Err(fail!("still missing after apt-get install: {}", still.join(" "))) }
 }
 

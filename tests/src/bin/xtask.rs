@@ -9,32 +9,53 @@ use rig::packages::{self, Release};
 use rig::runner::{self, Built, Line};
 use rig::scenarios::{self, Boot, Scenario};
 use rig::tools::{Result, cargo, install_missing, root, run_shown, say};
+use rig::xen::{self, Hypervisor};
 use rig::{builds, elf, fail};
 
 const HELP: &str = "\
 cargo xtask COMMAND [OPTIONS]      (each command has --help)
 
   image    build the driver domain's image; prints its size, and its path last
+  xen      build Xen with the config-owner change; prints its path last
   rig      boot a real Xen in QEMU and run scenarios
   demo     show it at work: a driver domain hands an NVMe drive to a guest
   bench    measure it beside Linux's xen-pciback; writes docs/bench.md
+  compare  run the same scenarios with it and with Linux's xen-pciback; writes docs/compare.md
   test     everything: format, lints, unit tests, the ELF gate, the rig on both releases
 ";
 
 const HELP_IMAGE: &str = "cargo xtask image\n\nBuilds and strips the image; the last line is its path.\n";
 const HELP_RIG: &str = "\
-cargo xtask rig [--release bookworm|trixie|all] [--xen-args WORDS] [--list] [--shell] [SCENARIO...]
+cargo xtask rig [--release bookworm|trixie|all] [--xen stock|changed] [--xen-args WORDS] [--list] [--shell] [SCENARIO...]
 
   --release   which Debian release's Xen and Linux (default: bookworm)
+  --xen       run on the release's own hypervisor, or on the one of `cargo xtask xen` (default: on those that each
+              scenario is for)
   --xen-args  more words for Xen's command line
   --list      print the scenarios
   --shell     boot to a shell in dom0 instead
 
 Packages are kept in $PCIBACK_CACHE, or pciback-stubdom in the user's cache directory; logs in target/rig.
-PCIBACK_IMAGE=FILE runs that image instead of building one.
+PCIBACK_IMAGE=FILE runs that image instead of building one; PCIBACK_XEN=FILE is the changed hypervisor (xen or xen.gz)
+instead of one that is built.
+";
+const HELP_XEN: &str = "\
+cargo xtask xen [--release bookworm|trixie] [--force]
+
+Fetches the source package of a Debian release's Xen, applies boot/xen, and builds the hypervisor; the last line is its
+path. What was built is kept beside the packages, by source version and contents of boot/xen.
+
+  --release   which Debian release's Xen (default: bookworm)
+  --force     fetch and build anew
 ";
 const HELP_DEMO: &str = "cargo xtask demo\n\nInstalls what is missing (when root), builds, boots, and shows a guest that reads a passed-through drive.\n";
 const HELP_BENCH: &str = "cargo xtask bench [--release bookworm|trixie]\n\nMeasures this backend and Linux's in one run and writes docs/bench.md.\n";
+const HELP_COMPARE: &str = "\
+cargo xtask compare [--release bookworm|trixie]
+
+Runs the same scenarios with the driver domain and with Linux's xen-pciback, in one boot of Xen with the config-owner change,
+and writes what came of each to docs/compare.md.
+";
 const HELP_TEST: &str = "\
 cargo xtask test [--long]
 
@@ -55,6 +76,8 @@ fn main() -> ExitCode {
 #[derive(Default)]
 struct Words {
     release: Option<String>,
+    hypervisor: Option<Hypervisor>,
+    force: bool,
     xen_args: String,
     list: bool,
     shell: bool,
@@ -75,8 +98,10 @@ fn command() -> Result<ExitCode> {
     let help = match name.as_str() {
         "image" => HELP_IMAGE,
         "rig" => HELP_RIG,
+        "xen" => HELP_XEN,
         "demo" => HELP_DEMO,
         "bench" => HELP_BENCH,
+        "compare" => HELP_COMPARE,
         "test" => HELP_TEST,
         _ => return Err(fail!("unknown command {name}\n\n{HELP}")),
     };
@@ -87,7 +112,9 @@ fn command() -> Result<ExitCode> {
                 print!("{help}");
                 return Ok(ExitCode::SUCCESS);
             }
-            ("rig" | "bench", Long("release")) => words.release = Some(parser.value()?.string()?),
+            ("rig" | "bench" | "compare" | "xen", Long("release")) => words.release = Some(parser.value()?.string()?),
+            ("rig", Long("xen")) => words.hypervisor = Some(Hypervisor::parse(&parser.value()?.string()?)?),
+            ("xen", Long("force")) => words.force = true,
             ("rig", Long("xen-args")) => words.xen_args = parser.value()?.string()?,
             ("rig", Long("list")) => words.list = true,
             ("rig", Long("shell")) => words.shell = true,
@@ -99,8 +126,13 @@ fn command() -> Result<ExitCode> {
     match name.as_str() {
         "image" => image(),
         "rig" => rig_command(&words),
+        "xen" => xen_command(&words),
         "test" => test(words.long),
         "demo" => shown("demo", rig::demo::run),
+        "compare" => {
+            let release = releases(words.release.as_deref())?[0];
+            shown("compare", |built| rig::compare::run(built, release))
+        }
         _ => {
             let release = releases(words.release.as_deref())?[0];
             shown("bench", |built| rig::bench::run(built, release))
@@ -133,7 +165,8 @@ fn finish(lines: &[Line]) -> ExitCode {
 fn rig_command(words: &Words) -> Result<ExitCode> {
     if words.list {
         for scenario in scenarios::ALL {
-            println!("{:16} {}", scenario.name, scenario.about);
+            let boots: Vec<&str> = scenario.boots.iter().map(|boot| boot.name()).collect();
+            println!("{:16} {} [{}]", scenario.name, scenario.about, boots.join(", "));
         }
         return Ok(ExitCode::SUCCESS);
     }
@@ -146,21 +179,36 @@ fn rig_command(words: &Words) -> Result<ExitCode> {
     install_missing()?;
     let built = Built::new()?;
     if words.shell {
-        let base = packages::base(releases[0])?;
-        let dir = runner::log_dir(releases[0], Boot::Writable);
-        let options = Options { xen_args: format!("mmcfg=0 {}", words.xen_args), shell: true, dir };
+        let boot = if words.hypervisor == Some(Hypervisor::ConfigOwner) { Boot::Changed } else { Boot::Writable };
+        let base = runner::base(releases[0], runner::hypervisor(boot))?;
+        let dir = runner::log_dir(releases[0], boot);
+        let options = Options { xen_args: runner::boot_args(boot, &words.xen_args), shell: true, dir };
         Machine::shell(&base, built.parts(), &options)?;
         return Ok(ExitCode::SUCCESS);
     }
+    if chosen.is_empty() {
+        chosen = scenarios::ALL.to_vec();
+    }
     let mut lines = Vec::new();
     for release in releases {
-        let mut todo = chosen.clone();
-        if todo.is_empty() {
-            todo = for_release(release);
+        let mut todo = Vec::new();
+        for scenario in &chosen {
+            let fits = |boot: &Boot| words.hypervisor.is_none_or(|wanted| runner::hypervisor(*boot) == wanted);
+            let boots: Vec<Boot> = scenario.boots.iter().copied().filter(fits).collect();
+            // A scenario that is named is tried where it was not made for, too.
+            let other = if words.hypervisor == Some(Hypervisor::ConfigOwner) { Boot::Changed } else { Boot::Writable };
+            let boots = if boots.is_empty() && !words.scenarios.is_empty() { vec![other] } else { boots };
+            todo.extend(boots.into_iter().map(|boot| (boot, *scenario)));
         }
         lines.extend(runner::run(&built, release, &todo, &words.xen_args));
     }
     Ok(finish(&lines))
+}
+
+fn xen_command(words: &Words) -> Result<ExitCode> {
+    let built = xen::changed(releases(words.release.as_deref())?[0], words.force)?;
+    println!("{}", built.packed.display());
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Something to look at: builds, runs, and fails with a reason.
@@ -170,10 +218,17 @@ fn shown(name: &str, run: impl FnOnce(&Built) -> Outcome) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The scenarios that run on a release when none is named.
-fn for_release(release: Release) -> Vec<Scenario> {
-    let fits = |scenario: &Scenario| scenario.boot == Boot::Writable || release == Release::Bookworm;
-    scenarios::ALL.into_iter().filter(fits).collect()
+/// The scenarios of the whole test on one release, or why it has no changed hypervisor. One boot more costs half a
+/// minute, so the plain one is the oldest release's only.
+fn for_release(release: Release) -> (Vec<(Boot, Scenario)>, Option<String>) {
+    let changed = xen::changed(release, false).err().map(|error| error.0);
+    let fits = |boot: &Boot| match boot {
+        Boot::Writable => true,
+        Boot::Plain => release == Release::Bookworm,
+        Boot::Changed => changed.is_none(),
+    };
+    let pairs = |scenario: Scenario| scenario.boots.iter().copied().filter(fits).map(move |boot| (boot, scenario));
+    (scenarios::ALL.into_iter().flat_map(pairs).collect(), changed)
 }
 
 /// A check on the host: a command that must succeed.
@@ -205,9 +260,18 @@ fn test(long: bool) -> Result<ExitCode> {
     match Built::new() {
         Ok(built) => {
             for _ in 0..if long { 3 } else { 1 } {
+                let mut built_none = Vec::new();
                 for release in Release::ALL {
-                    lines.extend(runner::run(&built, release, &for_release(release), ""));
+                    let (todo, missing) = for_release(release);
+                    lines.extend(runner::run(&built, release, &todo, ""));
+                    built_none.extend(missing.map(|why| (release, why)));
                 }
+                // One release's source may be out of reach; without any the change is not tested at all.
+                let all = built_none.len() == Release::ALL.len();
+                lines.extend(built_none.into_iter().map(|(release, why)| {
+                    let stop = if all { Stop::Error(why) } else { Stop::Skip(why) };
+                    Line::of(release.name(), "changed Xen", || Err(stop))
+                }));
             }
         }
         Err(error) => lines.push(Line::of("rig", "build", || Err(error.into()))),

@@ -5,26 +5,50 @@ use crate::dom0::{Outcome, Rig};
 mod command_line;
 mod destroyed;
 mod exception;
+mod foreign;
 mod hotplug;
 mod idle;
+pub(crate) mod killed_enabling;
 mod lifecycle;
 mod module_reload;
+mod msi_drive;
+mod msix_nvme;
 mod nic;
+mod nic_kinds;
 mod nvme;
 mod read_only;
 mod reboot;
+mod reboots;
+pub(crate) mod stale_maskall;
 mod tool_errors;
 mod tool_reads;
 mod two_functions;
 mod two_guests;
+mod usb;
 
-/// Which boot a scenario needs.
+/// A kind of machine: which Xen it boots, and how.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Boot {
-    /// Xen with `mmcfg=0`.
+    /// The release's Xen with `mmcfg=0`.
     Writable,
-    /// Xen as it comes; on the oldest release only, because a boot more costs half a minute.
+    /// The release's Xen as it comes.
     Plain,
+    /// Xen with the config-owner change.
+    Changed,
+}
+
+impl Boot {
+    /// All of them, in the order in which they are booted.
+    pub const ALL: [Boot; 3] = [Boot::Writable, Boot::Plain, Boot::Changed];
+
+    /// Its name in tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Boot::Writable => "mmcfg=0",
+            Boot::Plain => "plain",
+            Boot::Changed => "changed",
+        }
+    }
 }
 
 /// A scenario.
@@ -34,38 +58,58 @@ pub struct Scenario {
     pub name: &'static str,
     /// What it shows.
     pub about: &'static str,
-    /// The boot it needs.
-    pub boot: Boot,
+    /// Where it runs.
+    pub boots: &'static [Boot],
     /// Does it.
     pub run: fn(&mut Rig) -> Outcome,
 }
 
-const fn scenario(name: &'static str, about: &'static str, run: fn(&mut Rig) -> Outcome) -> Scenario {
-    Scenario { name, about, boot: Boot::Writable, run }
+const fn scenario(
+    name: &'static str,
+    boots: &'static [Boot],
+    about: &'static str,
+    run: fn(&mut Rig) -> Outcome,
+) -> Scenario {
+    Scenario { name, about, boots, run }
 }
 
+/// Where configuration writes need no change of Xen's.
+const STOCK: &[Boot] = &[Boot::Writable];
+/// What needs our domain's own hypercalls.
+const DIRECT: &[Boot] = &[Boot::Changed];
+/// Both: the hand-over is another with each.
+const BOTH: &[Boot] = &[Boot::Writable, Boot::Changed];
+
 /// All of them.
-pub const ALL: [Scenario; 15] = [
-    scenario("nvme", "a guest reads and writes an NVMe drive, with interrupts", nvme::run),
-    scenario("nic", "a guest uses a network card", nic::run),
-    scenario("two-guests", "two guests use a device each at once", two_guests::run),
-    scenario("two-functions", "a guest gets a second function while it runs", two_functions::run),
-    scenario("destroyed", "a guest dies under I/O, the next one gets the device", destroyed::run),
-    scenario("reboot", "a guest reboots and gets its device again", reboot::run),
-    scenario("hotplug", "a device is detached and attached while the guest runs", hotplug::run),
-    scenario("module-reload", "the guest reloads its drivers and pcifront", module_reload::run),
-    scenario("idle", "the driver domain does not run when nothing is to do", idle::run),
-    scenario("command-line", "wrong words on the command line are reported", command_line::run),
-    scenario("tool-reads", "list and check say what is, and change nothing", tool_reads::run),
-    scenario("tool-errors", "dom0's tool refuses what cannot work", tool_errors::run),
-    scenario("exception", "an exception in the driver domain is reported and ends it", exception::run),
-    scenario("lifecycle", "xl shutdown, reboot and destroy of the driver domain", lifecycle::run),
-    Scenario {
-        name: "read-only",
-        about: "without mmcfg=0 the driver domain serves reads and lives",
-        boot: Boot::Plain,
-        run: read_only::run,
-    },
+pub const ALL: [Scenario; 23] = [
+    scenario("nvme", STOCK, "a guest reads and writes an NVMe drive, with interrupts", nvme::run),
+    scenario("nic", STOCK, "a guest uses a network card", nic::run),
+    scenario("two-guests", BOTH, "two guests use a device each at once", two_guests::run),
+    scenario("two-functions", BOTH, "a guest gets a second function while it runs", two_functions::run),
+    scenario("destroyed", BOTH, "a guest dies under I/O, the next one gets the device", destroyed::run),
+    scenario("reboot", STOCK, "a guest reboots and gets its device again", reboot::run),
+    scenario("hotplug", BOTH, "a device is detached and attached while the guest runs", hotplug::run),
+    scenario("module-reload", BOTH, "the guest reloads its drivers and pcifront", module_reload::run),
+    scenario("idle", BOTH, "the driver domain does not run when nothing is to do", idle::run),
+    scenario("command-line", STOCK, "wrong words on the command line are reported", command_line::run),
+    scenario("tool-reads", STOCK, "list and check say what is, and change nothing", tool_reads::run),
+    scenario("tool-errors", STOCK, "dom0's tool refuses what cannot work", tool_errors::run),
+    scenario("exception", STOCK, "an exception in the driver domain is reported and ends it", exception::run),
+    scenario("lifecycle", BOTH, "xl shutdown, reboot and destroy of the driver domain", lifecycle::run),
+    scenario("read-only", &[Boot::Plain], "without mmcfg=0 the driver domain serves reads and lives", read_only::run),
+    scenario("msix-nvme", DIRECT, "a drive has MSI-X with a queue for each processor", msix_nvme::run),
+    scenario(
+        "nic-kinds",
+        DIRECT,
+        "a network card works with MSI-X and with its line, and gives up MSI cleanly",
+        nic_kinds::run,
+    ),
+    scenario("msi-drive", DIRECT, "a SATA drive works with MSI", msi_drive::run),
+    scenario("usb", DIRECT, "a guest has a USB controller with a stick behind it", usb::run),
+    scenario("stale-maskall", DIRECT, "Xen's stale MASKALL is found and reset for the next guest", stale_maskall::run),
+    scenario("killed-enabling", DIRECT, "guests die while their vectors are being mapped", killed_enabling::run),
+    scenario("foreign", DIRECT, "Xen refuses a function that is not the driver domain's", foreign::run),
+    scenario("reboots", DIRECT, "fifty reboots with MSI-X leak nothing", reboots::run),
 ];
 
 #[cfg(test)]

@@ -1,6 +1,5 @@
 //! One guest gets two functions, the second while it runs and uses the first.
 
-use crate::check;
 use crate::dom0::{Guest, NIC, NVME, Outcome, Rig};
 
 pub(super) fn run(rig: &mut Rig) -> Outcome {
@@ -10,9 +9,7 @@ pub(super) fn run(rig: &mut Rig) -> Outcome {
     rig.wait_disk("g1")?;
     rig.guest("g1", "rig-agent hammer /dev/nvme0n1 >/dev/null 2>&1 & echo started")?;
     rig.attach("g1", NIC)?;
-    rig.guest_wait("g1", "its network card", 60, "[ -e /sys/class/net/eth0 ]")?;
-    let said = rig.guest("g1", super::nic::PING)?;
-    check!(said.contains(" 0% packet loss"), "ping lost packets: {said}");
+    rig.ping("g1")?;
     rig.must(&format!("xl-pciback detach g1 {NIC}"))?;
     rig.guest_wait("g1", "its network card to leave", 30, "[ ! -e /sys/class/net/eth0 ]")?;
     rig.wait_device(NIC, "ready")?;

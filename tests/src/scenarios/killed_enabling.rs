@@ -1,0 +1,37 @@
+//! A guest that binds and unbinds its drive's driver without a pause, so that vectors are always being mapped or
+//! unmapped, is destroyed in the middle of it, again and again. The drive comes back each time, and nothing leaks.
+
+use crate::check;
+use crate::dom0::{Guest, NVME, Outcome, Rig};
+
+/// Binds and unbinds the drive's driver for ever.
+pub(crate) const REBIND: &str = "cd /sys/bus/pci/drivers/nvme; d=$(echo 0000:*); \
+     (while :; do echo $d >unbind; echo $d >bind; done) >/dev/null 2>&1 & echo started";
+/// How many guests die.
+const GUESTS: u32 = 5;
+
+pub(super) fn run(rig: &mut Rig) -> Outcome {
+    let before = rig.guest_irqs()?;
+    for guest in 1..=GUESTS {
+        let name = format!("g{guest}");
+        rig.create(Guest::named(&name))?;
+        rig.attach(&name, NVME)?;
+        rig.wait_up(&name, 1)?;
+        rig.wait_disk(&name)?;
+        rig.guest(&name, REBIND)?;
+        // Somewhere in it: each round takes a good part of a second here.
+        rig.run(&format!("usleep {}", 500_000 + 170_000 * guest))?;
+        rig.must(&format!("xl destroy {name}"))?;
+        rig.wait_device(NVME, "ready")?;
+    }
+    rig.wait("Xen to be done with the guests", 30, "[ $(xl list | wc -l) = 3 ]")?;
+    let after = rig.guest_irqs()?;
+    check!(before.len() == after.len(), "Xen's interrupts of messages before:\n{before:#?}\nand after:\n{after:#?}");
+    rig.create(Guest::named("g9"))?;
+    rig.attach("g9", NVME)?;
+    rig.wait_up("g9", 1)?;
+    rig.wait_disk("g9")?;
+    let lines = rig.interrupt_lines("g9", "nvme0q")?;
+    check!(lines.len() == 3 && lines.iter().all(|line| line.kind.contains("msi-x")), "the next guest has {lines:?}");
+    rig.check_disk("g9", 0, 16)
+}
