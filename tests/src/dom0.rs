@@ -451,10 +451,10 @@ impl Rig {
     }
 
     /// Everything in xenstore about devices and the driver domain, to compare before and after. What changes by itself is
-    /// left out, and so are the memory target that any xl command may note and the empty node of a wish that was taken up.
+    /// left out, and so is the memory target that any xl command may note.
     pub fn store(&mut self) -> Outcome<String> {
         self.run(
-            "xenstore-ls -fp | grep -v -e '/report = ' -e '/retry = ' -e /cpu-us -e /hypercalls -e /sleeps -e /heap-used -e /memory/ -e '/memory = ' || true",
+            "xenstore-ls -fp | grep -v -e '/report = ' -e /cpu-us -e /hypercalls -e /sleeps -e /heap-used -e /memory/ -e '/memory = ' || true",
         )
     }
 

@@ -228,7 +228,9 @@ fn check_driver(host: &Host<'_>, driver: &Driver, guest: &Guest, function: &Func
     }
 
     let read = |node: &str| told(host.store, &nodes::published(driver.domid, sbdf, node));
-    if read("state").as_deref() == Some("broken") {
+    // With mode=mmcfg0 the driver domain writes nothing before it is told that the host allows it: that was checked.
+    let told = driver.config.mode == Mode::Mmcfg0 && read("state").as_deref() == Some("ready");
+    if told || read("state").as_deref() == Some("broken") {
         try_again(host, driver, sbdf);
     }
     let mut said = false;
@@ -284,17 +286,16 @@ fn check_driver(host: &Host<'_>, driver: &Driver, guest: &Guest, function: &Func
     Ok(())
 }
 
-/// Asks the driver domain to try a broken function again: what broke it may be over. Without an answer, the state
-/// as it is counts.
+/// Asks the driver domain to hand a function over: a broken one again, as what broke it may be over, or one that it
+/// has not dared to touch. Without an answer, the state as it is counts.
 fn try_again(host: &Host<'_>, driver: &Driver, sbdf: Sbdf) {
     let node = format!("/local/domain/{}/data/pciback/retry", driver.domid);
     if host.store.write(0, &node, &nodes::folder(sbdf)).is_ok() {
-        eprintln!("xl-pciback: {sbdf}: asking driver domain {:?} to try it again", driver.name);
+        eprintln!("xl-pciback: {sbdf}: asking driver domain {:?} to make it ready", driver.name);
         let seen = || host.store.read(0, &node).is_some_and(|wish| wish.is_empty()).then_some(());
-        if host.wait(host.patience / 3, seen).is_none() {
-            // A wish that nobody takes up is not left for later.
-            let _ = host.store.remove(0, &node);
-        }
+        host.wait(host.patience / 3, seen);
+        // A wish is not left behind, whether it was taken up or not.
+        let _ = host.store.remove(0, &node);
     }
 }
 

@@ -93,6 +93,8 @@ pub struct Device<C> {
     /// The guest that has it, and what it was given.
     owner: Option<(DomId, GuestView)>,
     handover: Option<HandOver>,
+    /// It has never been written to: nobody but the command line says that the host allows it.
+    untouched: bool,
     /// The guest has woken the function with message interrupts on: when to give them back, and when to give up.
     waking: Option<(Nanos, Nanos)>,
     /// How often Xen's MSI-X state was stale and has been reset.
@@ -125,7 +127,7 @@ impl<C: ConfigSpace> Device<C> {
             Ok(function) => (State::Ready, Some(function)),
             Err(reason) => (State::Broken(reason), None),
         };
-        Device { entry, state, function, owner: None, handover: None, waking: None, stale: 0 }
+        Device { entry, state, function, owner: None, handover: None, untouched: false, waking: None, stale: 0 }
     }
 
     /// Asks Xen whether this domain may act on the function, with a call that changes nothing for anybody else:
@@ -160,7 +162,9 @@ impl<C: ConfigSpace> Device<C> {
     /// mapped (`busy`), as the function must not be touched then.
     pub fn control<P: Physdev>(&mut self, reach: Reach, busy: Option<Dirty>, physdev: &mut P, now: Nanos) {
         let Some(function) = self.function.as_mut() else { return };
-        function.hardware.allow_writes();
+        if reach == Reach::Direct {
+            function.hardware.allow_writes();
+        }
         match Method::choose(&function.hardware, &function.config, self.entry.reset) {
             Ok(Method::Dom0 | Method::Nothing)
                 if self.entry.strict && self.entry.reset != crate::cmdline::Reset::Bus =>
@@ -176,11 +180,24 @@ impl<C: ConfigSpace> Device<C> {
                 let direct = reach == Reach::Direct;
                 function.interrupts.offer(direct && self.entry.msi, direct && self.entry.msix);
                 match busy {
-                    None => self.begin(physdev, now),
+                    None if direct => self.begin(physdev, now),
+                    // A wrong mode= would end the domain with the first write. dom0's tool looks at Xen's command line
+                    // before it lists a function for a guest.
+                    None => self.untouched = true,
                     Some(dirty) => self.state = State::Broken(dirty.to_string()),
                 }
             }
             Err(why) => self.state = State::Broken(why),
+        }
+    }
+
+    /// dom0 wants the function handed over, or given to a guest: what was put off at the start is done now.
+    pub fn first_use<P: Physdev>(&mut self, physdev: &mut P, now: Nanos) {
+        if core::mem::take(&mut self.untouched) {
+            if let Some(function) = self.function.as_mut() {
+                function.hardware.allow_writes();
+            }
+            self.begin(physdev, now);
         }
     }
 
@@ -293,6 +310,7 @@ impl<C: ConfigSpace> Device<C> {
 
     /// Tries a broken function again, if it is one that a hand-over can mend.
     pub fn retry<P: Physdev>(&mut self, physdev: &mut P, now: Nanos) {
+        self.first_use(physdev, now);
         let State::Broken(_) = self.state else { return };
         let sbdf = self.entry.sbdf;
         let Some(Function { hardware, config, interrupts, control: Some(control) }) = self.function.as_mut() else {

@@ -395,6 +395,10 @@ impl<P: Platform> Frontend<P> {
                 if let (XenbusState::Closing, Some(device)) = (function.state, device) {
                     self.release(cx, device);
                 }
+                if let (true, Some(device)) = (wanted, device.and_then(|device| cx.devices.get_mut(device))) {
+                    let now = cx.platform.now();
+                    device.first_use(cx.platform.physdev(), now);
+                }
                 let resetting = device
                     .and_then(|device| cx.devices.get(device))
                     .is_some_and(|device| device.state == State::Resetting);
