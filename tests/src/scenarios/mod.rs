@@ -84,13 +84,13 @@ const BOTH: &[Boot] = &[Boot::Writable, Boot::Changed];
 pub const ALL: [Scenario; 23] = [
     scenario("nvme", STOCK, "a guest reads and writes an NVMe drive, with interrupts", nvme::run),
     scenario("nic", STOCK, "a guest uses a network card", nic::run),
-    scenario("two-guests", BOTH, "two guests use a device each at once", two_guests::run),
+    scenario("two-guests", STOCK, "two guests use a device each at once", two_guests::run),
     scenario("two-functions", BOTH, "a guest gets a second function while it runs", two_functions::run),
     scenario("destroyed", BOTH, "a guest dies under I/O, the next one gets the device", destroyed::run),
     scenario("reboot", STOCK, "a guest reboots and gets its device again", reboot::run),
     scenario("hotplug", BOTH, "a device is detached and attached while the guest runs", hotplug::run),
     scenario("module-reload", BOTH, "the guest reloads its drivers and pcifront", module_reload::run),
-    scenario("idle", BOTH, "the driver domain does not run when nothing is to do", idle::run),
+    scenario("idle", STOCK, "the driver domain does not run when nothing is to do", idle::run),
     scenario("command-line", STOCK, "wrong words on the command line are reported", command_line::run),
     scenario("tool-reads", STOCK, "list and check say what is, and change nothing", tool_reads::run),
     scenario("tool-errors", STOCK, "dom0's tool refuses what cannot work", tool_errors::run),
@@ -109,7 +109,7 @@ pub const ALL: [Scenario; 23] = [
     scenario("stale-maskall", DIRECT, "Xen's stale MASKALL is found and reset for the next guest", stale_maskall::run),
     scenario("killed-enabling", DIRECT, "guests die while their vectors are being mapped", killed_enabling::run),
     scenario("foreign", DIRECT, "Xen refuses a function that is not the driver domain's", foreign::run),
-    scenario("reboots", DIRECT, "fifty reboots with MSI-X leak nothing", reboots::run),
+    scenario("reboots", DIRECT, "fifty reboots of guests with MSI-X leak nothing", reboots::run),
 ];
 
 #[cfg(test)]
