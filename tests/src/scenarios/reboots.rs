@@ -45,13 +45,14 @@ pub(super) fn run(rig: &mut Rig) -> Outcome {
         for (name, ..) in GUESTS {
             rig.guest(name, "(sleep 0.2; reboot -f) >/dev/null 2>&1 & echo soon")?;
         }
-        for ((name, bdf, ..), number) in GUESTS.into_iter().zip(&mut numbers) {
+        for ((name, ..), number) in GUESTS.into_iter().zip(&mut numbers) {
             rig.wait(&format!("{name}'s new domain"), 90, &format!("id=$(xl domid {name}) && [ $id != {number} ]"))?;
             *number = rig.domid(name)?.unwrap_or_default();
-            rig.attach(name, bdf)?;
         }
-        for (name, _, _, there) in GUESTS {
+        // Not before they are up: what is attached between Linux's look at its devices and its watch on them is not seen.
+        for (name, bdf, _, there) in GUESTS {
             rig.wait_up(name, reboot + 1)?;
+            rig.attach(name, bdf)?;
             rig.guest_wait(name, "its device", 60, there)?;
         }
         if reboot % 5 == 0 {
