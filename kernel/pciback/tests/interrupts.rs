@@ -717,6 +717,20 @@ fn what_a_client_did_not_wait_for_is_undone() {
     }
 }
 
+/// A failure that its client did not wait for undoes nothing: what was on before is in use.
+#[test]
+fn a_failed_request_that_was_given_up_takes_nothing_away() {
+    for cmd in [op::ENABLE_MSI, op::ENABLE_MULTI_MSI, op::ENABLE_MSIX] {
+        let (mut rig, guest) = started(Card::BOTH);
+        let vectors = guest.enable_msix(&mut rig, &[0, 1]).expect("two vectors");
+        vectors.iter().for_each(|pirq| guest.bind(*pirq));
+        *guest.page.during.borrow_mut() = Some(Box::new(|page| page.flags.set(2)));
+        guest.post(RawRequest { cmd, value: 2, info: 2, ..Default::default() });
+        rig.settle();
+        assert!(rig.hardware(NIC).delivers(0) && rig.hardware(NIC).delivers(1), "operation {cmd}");
+    }
+}
+
 /// A disable that its client did not wait for is done all the same.
 #[test]
 fn a_disable_that_was_given_up_is_done() {
@@ -830,7 +844,10 @@ fn the_pin_is_off_while_messages_are_on_and_on_again_after() {
         guest.disable_msix(&mut rig);
         assert!(is_line_on(&rig), "round {round}");
         guest.enable_msi(&mut rig).expect("a vector");
-        assert!(!is_line_on(&rig), "round {round}");
+        for value in [0x0000, 0x0006] {
+            assert_eq!(guest.write(&mut rig, 0, 4, 2, value), 0);
+            assert!(!is_line_on(&rig), "round {round}, after {value:#x}");
+        }
         guest.disable_msi(&mut rig);
         assert!(is_line_on(&rig), "round {round}");
     }

@@ -477,6 +477,25 @@ fn a_card_that_broke_between_two_connections_comes_back_to_its_guest() {
     assert_eq!(guest.read(&mut rig, 0, 0, 2), Ok(0x8086));
 }
 
+/// The guest connects again while one of its cards is broken: that card is not there, not even when it answers again.
+#[test]
+fn a_guest_reaches_nothing_of_a_broken_card() {
+    let mut rig = boot_in(two(Card::FULL), TWO);
+    let mut guest = rig.attach(1, &[NIC, OTHER]);
+    guest.connect(&mut rig);
+    rig.hardware(NIC).vanish();
+    guest.set_front("state", "6");
+    rig.settle();
+    assert_eq!((rig.state(NIC).as_str(), rig.state(OTHER).as_str()), ("broken", "in-use"));
+    rig.hardware(NIC).come_back();
+    guest.connect(&mut rig);
+    rig.forget();
+    assert_eq!((guest.read(&mut rig, 0, 0, 4), guest.read(&mut rig, 8, 0, 2)), (Err(-1), Ok(0x8086)));
+    assert_eq!(guest.write(&mut rig, 0, 4, 2, 0x0006), -1);
+    assert_eq!((guest.enable_msi(&mut rig), guest.enable_msix(&mut rig, &[0])), (Err(-1), Err(-1)));
+    assert_eq!(rig.acts(NIC), []);
+}
+
 /// Wishes that name nothing, or what is not broken, change nothing.
 #[test]
 fn a_retry_of_what_is_not_broken_changes_nothing() {
