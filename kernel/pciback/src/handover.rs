@@ -490,7 +490,6 @@ pub fn check<C: ConfigSpace, P: Physdev>(subject: &mut Subject<'_, C, P>) -> Res
 fn silence<C: ConfigSpace, P: Physdev>(subject: &mut Subject<'_, C, P>, now: Nanos) -> Step {
     let Subject { hardware, interrupts, physdev, sbdf, .. } = subject;
     interrupts.disable(&mut Means { hardware: *hardware, physdev: *physdev, sbdf: *sbdf, line: false });
-    subject.config.set_messages(false);
     Step::Unmap { until: now.saturating_add(UNMAP) }
 }
 

@@ -159,6 +159,10 @@ struct Guest {
     bars: Bars,
     /// The Command register as the guest wrote it; at first as a reset leaves it.
     command: u16,
+    /// MSI or MSI-X is on, so the function does not use its interrupt pin.
+    messages: bool,
+    /// The guest has woken the function from D3hot, on which it may have lost what Xen wrote into it.
+    woken: bool,
     dropped_before: bool,
     denied_before: bool,
 }
@@ -192,10 +196,6 @@ pub struct VirtualConfig {
     device: u16,
     table: Vec<Register>,
     capabilities: Vec<Found>,
-    /// MSI or MSI-X is on, so the function does not use its interrupt pin.
-    messages: bool,
-    /// The guest has woken the function from D3hot, on which it may have lost what Xen wrote into it.
-    woken: bool,
     guest: Option<Guest>,
 }
 
@@ -212,7 +212,7 @@ impl VirtualConfig {
         }
         let capabilities = walk(hardware);
         let table = table(hardware, &capabilities);
-        Ok(VirtualConfig { vendor, device, table, capabilities, messages: false, woken: false, guest: None })
+        Ok(VirtualConfig { vendor, device, table, capabilities, guest: None })
     }
 
     /// Offset of the first capability with this id that is shown.
@@ -244,12 +244,14 @@ impl VirtualConfig {
     /// Says that MSI or MSI-X is on, or off: with it the function does not use its interrupt pin, whatever the
     /// guest writes.
     pub fn set_messages(&mut self, on: bool) {
-        self.messages = on;
+        if let Some(guest) = &mut self.guest {
+            guest.messages = on;
+        }
     }
 
     /// Whether the guest has woken the function from D3hot since the last call.
     pub fn take_woken(&mut self) -> bool {
-        core::mem::take(&mut self.woken)
+        self.guest.as_mut().is_some_and(|guest| core::mem::take(&mut guest.woken))
     }
 
     /// Whether the guest has turned the function on, so that its interrupt pin must work while neither MSI nor
@@ -305,6 +307,8 @@ impl VirtualConfig {
             multifunction: view.multifunction,
             bars,
             command: 0,
+            messages: false,
+            woken: false,
             dropped_before: false,
             denied_before: false,
         });
@@ -362,8 +366,7 @@ impl VirtualConfig {
         let mut worst = Outcome::Done;
         for register in overlapping(&self.table, access) {
             let part = Part::new(register, access, value);
-            self.woken |= register.name == Name::PowerControl && wakes(hardware, &part);
-            worst = worst.max(guest.write(&self.table, ids, hardware, &part, self.messages));
+            worst = worst.max(guest.write(&self.table, ids, hardware, &part));
         }
         Ok(match worst {
             Outcome::Done => Written::Done,
@@ -517,15 +520,17 @@ impl Guest {
         ids: (u16, u16),
         hardware: &mut C,
         part: &Part<'_>,
-        messages: bool,
     ) -> Outcome {
         match part.register.name {
-            Name::Command => self.write_command(hardware, part, messages),
+            Name::Command => self.write_command(hardware, part),
             Name::CacheLine => write_if_changed(hardware, part.start, Width::Byte, part.value),
             Name::Bist => write_bist(hardware, part.value as u8),
             Name::Bar(index) => self.write_bar(hardware, usize::from(index), part),
             Name::Rom => self.write_bar(hardware, bars::ROM, part),
-            Name::PowerControl => write_power_control(hardware, part),
+            Name::PowerControl => {
+                self.woken |= wakes(hardware, part);
+                write_power_control(hardware, part)
+            }
             Name::VpdAddress => write_vpd_address(hardware, part),
             // Permissive or not: the reference lets a permissive guest flip these, but with Xen's
             // filter behind it. Here none is.
@@ -573,8 +578,8 @@ impl Guest {
     /// Decoding goes on in the device when the guest turns it on and stays on; bus mastering and
     /// memory-write-and-invalidate follow the guest; the other bits are the guest's notepad, or,
     /// for a permissive guest, follow too. Interrupt disable goes off in the device when the guest
-    /// turns on decoding, unless `messages` says that the pin is not in use, and is the guest's notepad after that.
-    fn write_command<C: ConfigSpace>(&mut self, hardware: &mut C, part: &Part<'_>, messages: bool) -> Outcome {
+    /// turns on decoding, unless the pin is not in use, and is the guest's notepad after that.
+    fn write_command<C: ConfigSpace>(&mut self, hardware: &mut C, part: &Part<'_>) -> Outcome {
         let held = hardware.read(header::COMMAND, Width::Word) as u16;
         let seen = held & command::FROM_HARDWARE | self.command & !command::FROM_HARDWARE;
         let value = part.merged(u32::from(seen)) as u16;
@@ -583,7 +588,7 @@ impl Guest {
         let decode = value & self.bars.decode;
         let mut wanted = held & !follows | value & follows | decode;
         let turned_on = value & command::DECODE != 0 && self.command & command::DECODE == 0;
-        if turned_on && !messages && hardware.read(header::INTERRUPT_PIN, Width::Byte) != 0 {
+        if turned_on && !self.messages && hardware.read(header::INTERRUPT_PIN, Width::Byte) != 0 {
             wanted &= !command::INTX_DISABLE;
         }
         let outcome = write_if_changed(hardware, header::COMMAND, Width::Word, u32::from(wanted));
