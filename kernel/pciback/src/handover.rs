@@ -98,10 +98,8 @@ impl Method {
             let register = at + advanced::CAPABILITIES;
             register < EXTENDED - 2 && hardware.read(register, Width::Byte) as u8 & advanced::RESET == advanced::RESET
         });
-        let pm = config
-            .capability(capability::POWER)
-            .map(|at| at + 4)
-            .filter(|at| at + 2 <= EXTENDED && hardware.read(*at, Width::Word) as u16 & power::NO_SOFT_RESET == 0);
+        let keeps_state = |at: &u16| hardware.read(*at, Width::Word) as u16 & power::NO_SOFT_RESET != 0;
+        let pm = config.power_control().filter(|at| !keeps_state(at));
         let (flr, af, pm) = (flr.map(Method::Flr), af.map(Method::Af), pm.map(Method::Pm));
         let lacks = |name: &str| format!("reset={name}: the function has no such reset; reset=auto takes what it has");
         match wish {
@@ -495,7 +493,7 @@ fn silence<C: ConfigSpace, P: Physdev>(subject: &mut Subject<'_, C, P>, now: Nan
 
 /// Offset of PMCSR, if the function is in another state than D0.
 fn asleep<C: ConfigSpace>(hardware: &C, config: &VirtualConfig) -> Option<u16> {
-    let at = config.capability(capability::POWER).map(|at| at + 4).filter(|at| at + 2 <= EXTENDED)?;
+    let at = config.power_control()?;
     let held = hardware.read(at, Width::Word) as u16;
     (held & power::STATE != 0 && held != u16::MAX).then_some(at)
 }

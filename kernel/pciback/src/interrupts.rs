@@ -156,12 +156,19 @@ impl Interrupts {
     pub fn new<C: ConfigSpace>(hardware: &C, config: &VirtualConfig) -> Interrupts {
         let (msi, msix) = (config.msi(hardware), config.msix(hardware));
         let room = usize::from(msix.map_or(u16::from(msi.is_some()), |msix| msix.entries)).min(MAX_VECTORS);
-        let power = config.capability(crate::config::registers::capability::POWER).map(|offset| offset + 4);
-        let pirqs = Vec::with_capacity(room);
-        let offered = (false, false);
-        let kind = Kind::Line;
-        let (orphaned, was_stale) = (false, false);
-        Interrupts { msi, msix, offered, taken: false, power, kind, orphaned, was_stale, guest: 0, pirqs, vectors: 0 }
+        Interrupts {
+            msi,
+            msix,
+            offered: (false, false),
+            taken: false,
+            power: config.power_control(),
+            kind: Kind::Line,
+            orphaned: false,
+            was_stale: false,
+            guest: 0,
+            pirqs: Vec::with_capacity(room),
+            vectors: 0,
+        }
     }
 
     /// Lets guests use MSI and MSI-X, as far as the function has them.

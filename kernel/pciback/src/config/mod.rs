@@ -19,8 +19,8 @@ pub use self::bars::Resource;
 use self::bars::{BarWrite, Bars};
 pub use self::msi::{Msi, Msix, Place, msi_control, msix_control};
 use self::registers::{
-    BIST_START, Found, MULTIFUNCTION, NO_VENDOR, SPACE, VPD_WRITE, capability, command, offset as header, power, table,
-    walk,
+    BIST_START, EXTENDED, Found, MULTIFUNCTION, NO_VENDOR, SPACE, VPD_WRITE, capability, command, offset as header,
+    power, table, walk,
 };
 pub use self::registers::{Name, Register, Rule};
 use crate::platform::{ConfigSpace, Width, WritesOff};
@@ -219,6 +219,11 @@ impl VirtualConfig {
     pub fn capability(&self, id: u8) -> Option<u16> {
         let mut shown = self.capabilities.iter().filter(|found| !found.hidden);
         shown.find(|found| found.id == id).map(|found| found.offset)
+    }
+
+    /// Offset of the power management control and status register (PMCSR).
+    pub fn power_control(&self) -> Option<u16> {
+        self.capability(capability::POWER).map(|at| at + 4).filter(|at| at + 2 <= EXTENDED)
     }
 
     /// Offset of a capability that is not shown because what it says cannot be.
