@@ -290,7 +290,7 @@ fn check_driver(host: &Host<'_>, driver: &Driver, guest: &Guest, function: &Func
 /// has not dared to touch. Without an answer, the state as it is counts.
 fn try_again(host: &Host<'_>, driver: &Driver, sbdf: Sbdf) {
     let node = format!("/local/domain/{}/data/pciback/retry", driver.domid);
-    if host.store.write(0, &node, &nodes::folder(sbdf)).is_ok() {
+    if host.store.write(0, &node, &pciback::nodes::folder(sbdf)).is_ok() {
         eprintln!("xl-pciback: {sbdf}: asking driver domain {:?} to make it ready", driver.name);
         let seen = || host.store.read(0, &node).is_some_and(|wish| wish.is_empty()).then_some(());
         host.wait(host.patience / 3, seen);

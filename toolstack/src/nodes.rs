@@ -3,6 +3,7 @@
 //! The backend's folder belongs to the driver domain, which parses what guests say. What is read from
 //! there is a claim: bounded, shown without control characters, never the ground for giving rights.
 
+use pciback::nodes::folder;
 use pciback::sbdf::Sbdf;
 
 use crate::sysfs::Function;
@@ -64,12 +65,7 @@ impl Link {
 /// Nodes that come once a function.
 pub const PER_FUNCTION: [&str; 10] = ["dev", "key", "opts", "id", "irq", "resource", "state", "vdev", "error", "name"];
 
-/// The address as a part of a path: xenstored takes neither colons nor dots.
-pub fn folder(sbdf: Sbdf) -> String {
-    sbdf.to_string().replace([':', '.'], "-")
-}
-
-/// The function of such a part.
+/// The function of a folder's name.
 pub fn of_folder(folder: &str) -> Option<Sbdf> {
     let (rest, function) = folder.rsplit_once('-')?;
     format!("{}.{function}", rest.replace('-', ":")).parse().ok()
