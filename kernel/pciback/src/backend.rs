@@ -37,12 +37,7 @@ struct Published {
 
 impl Published {
     fn of<C: ConfigSpace>(device: &Device<C>) -> Published {
-        let interrupts = device.peek().map(|function| (function.interrupts.kind(), function.interrupts.vectors()));
-        Published {
-            state: device.state.clone(),
-            interrupts: interrupts.unwrap_or((Kind::Line, 0)),
-            stale: device.stale(),
-        }
+        Published { state: device.state.clone(), interrupts: in_use(device), stale: device.stale() }
     }
 }
 
@@ -428,10 +423,15 @@ fn description<C: ConfigSpace>(device: &Device<C>, first: bool) -> Vec<(&'static
 }
 
 /// What kind of interrupt a function uses, and how many vectors of it.
+fn in_use<C: ConfigSpace>(device: &Device<C>) -> (Kind, u16) {
+    device.peek().map_or((Kind::Line, 0), |function| function.interrupts.in_use())
+}
+
+/// The same as text.
 fn interrupts<C: ConfigSpace>(device: &Device<C>) -> String {
-    match device.peek().map(|function| (function.interrupts.kind(), function.interrupts.vectors())) {
-        None | Some((Kind::Line, _)) => Kind::Line.word().to_string(),
-        Some((kind, vectors)) => format!("{} {vectors}", kind.word()),
+    match in_use(device) {
+        (Kind::Line, _) => Kind::Line.word().to_string(),
+        (kind, vectors) => format!("{} {vectors}", kind.word()),
     }
 }
 

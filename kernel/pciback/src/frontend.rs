@@ -212,11 +212,11 @@ impl<P: Platform> Frontend<P> {
                  change: refused{suffix}"
             ),
             Notice::Enabled(_) => {
-                let pirqs = device.peek().map_or(&[][..], |function| function.interrupts.pirqs());
-                let kind = device.peek().map_or("", |function| function.interrupts.kind().word());
-                let vectors = device.peek().map_or(0, |function| function.interrupts.vectors());
+                let Some(function) = device.peek() else { return };
+                let ((kind, vectors), pirqs) = (function.interrupts.in_use(), function.interrupts.pirqs());
                 log::info!(
-                    "{sbdf}: domain {guest}: {kind} on, {vectors} vectors, mapped by map_pirq to pirqs {pirqs:?}{suffix}"
+                    "{sbdf}: domain {guest}: {} on, {vectors} vectors, mapped by map_pirq to pirqs {pirqs:?}{suffix}",
+                    kind.word()
                 );
             }
             Notice::NotEnabled(_, kind, why) => {

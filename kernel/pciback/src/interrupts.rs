@@ -261,9 +261,9 @@ impl Interrupts {
         self.kind
     }
 
-    /// How many vectors are in use; 0 for the pin.
-    pub fn vectors(&self) -> u16 {
-        self.vectors
+    /// What is on, and with how many vectors: as it is published.
+    pub fn in_use(&self) -> (Kind, u16) {
+        (self.kind, self.vectors)
     }
 
     /// Whether Xen has vectors of this function mapped for a guest.
