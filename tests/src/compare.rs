@@ -179,7 +179,7 @@ fn deaths(rig: &mut Rig, backend: Backend) -> Outcome<String> {
     rig.check_disk("g2", 0, 8)?;
     let lines = rig.interrupt_lines("g2", "nvme0q")?;
     backend.end(rig, "g2", NVME)?;
-    rig.wait("Xen to be done with the guests", 30, "sleep 1; true")?;
+    rig.wait("Xen to be done with the guests", 30, crate::scenarios::killed_enabling::NO_GUESTS)?;
     let left = rig.guest_irqs()?.len() as i64 - before as i64;
     Ok(format!("{}; {left} interrupts of Xen's are left over", kinds(&lines)))
 }

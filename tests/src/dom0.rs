@@ -382,8 +382,12 @@ impl Rig {
 
     /// Xen's interrupts that belong to guests, from `xl debug-keys i`: one line each.
     pub fn guest_irqs(&mut self) -> Outcome<Vec<String>> {
-        // The new part only: the ring keeps what earlier calls printed.
-        let output = self.run("xl dmesg -c >/dev/null; xl debug-keys i; sleep 0.3; xl dmesg")?;
+        // The new part only: the ring keeps what earlier calls printed. Xen prints behind the command's back, this part
+        // before its IO-APICs.
+        let output = self.run(
+            "xl dmesg -c >/dev/null; xl debug-keys i; \
+             until xl dmesg | grep -q 'IO-APIC interrupt information'; do sleep 0.1; done; xl dmesg",
+        )?;
         let lines = output.lines().filter(|line| line.contains("IRQ:"));
         Ok(lines.filter(|line| line.contains("PCI-MSI")).map(|line| line.trim().to_owned()).collect())
     }
