@@ -253,7 +253,9 @@ impl<C: ConfigSpace> Device<C> {
         self.waking = None;
         let sbdf = self.entry.sbdf;
         let Some(function) = self.function.as_ref().filter(|function| function.interrupts.is_mapped()) else { return };
-        let decodes = function.hardware.read(offset::COMMAND, Width::Word) as u16 & command::MEMORY != 0;
+        let held = function.hardware.read(offset::COMMAND, Width::Word) as u16;
+        // All ones: it does not answer yet.
+        let decodes = held & command::MEMORY != 0 && held != u16::MAX;
         if !decodes && now < until {
             self.waking = Some((due.max(now).saturating_add(WAKE_PAUSE), until));
         } else if let Err(error) = physdev.restore_msi(sbdf) {
