@@ -473,8 +473,8 @@ impl Rig {
                 return Err(Stop::Crash(line.to_owned()));
             }
         }
-        if !self.machine.alive() {
-            return Err(Stop::Crash(format!("QEMU ended; the console ends with\n{}", tail(&console, 15))));
+        if let Some(ending) = self.machine.ending() {
+            return Err(Stop::Crash(format!("QEMU ended ({ending}); the console ends with\n{}", tail(&console, 15))));
         }
         let (_, listed) = self.exec("xl list | awk 'NR > 1 && $5 ~ /c/ {print $1}'")?;
         check_listed(listed.trim())

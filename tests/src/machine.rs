@@ -4,8 +4,9 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::Duration;
@@ -30,9 +31,13 @@ pub const SATA_MIB: u64 = 16;
 /// Seed of the SATA drive's content.
 pub const SATA_SEED: u64 = 22;
 
-/// What QEMU 7.2 dies of when a driver turns on MSI-X of an e1000e whose timer still runs for the interrupt line: an
-/// assertion about the timer (hw/net/e1000e_core.c), seen on a machine that was starved. No backend can prevent it.
-const THROTTLING: &str = "e1000e_intrmgr_on_throttling_timer: Assertion";
+/// Signals QEMU dies of by its own fault: whatever runs in the machine must not bring the emulator down. Seen of QEMU 7.2:
+/// an assertion about the timer of an e1000e whose driver turns on MSI-X while it still runs for the interrupt line
+/// (e1000e_intrmgr_on_throttling_timer in hw/net/e1000e_core.c).
+const CRASHES: [(i32, &str); 5] = [(4, "SIGILL"), (6, "SIGABRT"), (7, "SIGBUS"), (8, "SIGFPE"), (11, "SIGSEGV")];
+
+/// File of what QEMU logs: resets of its processors, which include what they did when Xen itself had a triple fault.
+const CPU_LOG: &str = "cpu.log";
 
 /// File of Xen's and dom0's console.
 const CONSOLE: &str = "console.log";
@@ -114,6 +119,8 @@ pub struct Machine {
     replies: Receiver<std::io::Result<Reply>>,
     seq: u64,
     dir: PathBuf,
+    /// Its pipe was found closed.
+    closed: bool,
     // Dropped after QEMU has ended.
     _turn: Turn,
 }
@@ -130,6 +137,7 @@ fn qemu(base: &Base, options: &Options) -> Command {
     // iret with kernel rights. monitor: Xen would idle with mwait and die. rdtscp: its exits cannot be decoded.
     command.args(["-cpu", "EPYC,+svm,+npt,-xsaves,-smap,-smep,-monitor,-rdtscp", "-smp", "2", "-m", "3072"]);
     command.args(["-nodefaults", "-display", "none", "-monitor", "none", "-no-reboot"]);
+    command.args(["-d", "cpu_reset", "-D"]).arg(dir.join(CPU_LOG));
     if options.shell {
         command.args(["-serial", "stdio"]);
     } else {
@@ -222,7 +230,8 @@ impl Machine {
         let (expect, wanted) = mpsc::channel();
         let (sender, replies) = mpsc::channel();
         thread::spawn(move || listen(out, &wanted, &sender));
-        let machine = Self { child, commands, expect, replies, seq: 0, dir: options.dir.clone(), _turn: turn };
+        let machine =
+            Self { child, commands, expect, replies, seq: 0, dir: options.dir.clone(), closed: false, _turn: turn };
         match machine.replies.recv_timeout(Duration::from_secs(180)) {
             Ok(Ok(_)) => Ok(machine),
             _ => Err(fail!(
@@ -251,7 +260,10 @@ impl Machine {
         request.write(&mut self.commands).map_err(|error| self.gone(&error.to_string()))?;
         let reply = match self.replies.recv_timeout(Duration::from_secs(seconds + 30)) {
             Ok(Ok(reply)) => reply,
-            Ok(Err(error)) => return Err(self.gone(&error.to_string())),
+            Ok(Err(error)) => {
+                self.closed = true;
+                return Err(self.gone(&error.to_string()));
+            }
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return Err(self.gone("no answer")),
         };
         let mut text = reply.output.clone();
@@ -277,15 +289,31 @@ impl Machine {
         fail!("dom0 is gone ({why}); the console ({}) ends with\n{}", self.log().display(), self.console_tail(20))
     }
 
-    /// True when QEMU still runs.
-    pub fn alive(&mut self) -> bool {
-        matches!(self.child.try_wait(), Ok(None))
+    /// How QEMU ended, if it has: the signal or exit status, and what it said last. A machine that resets itself, as after a
+    /// triple fault of Xen's, ends it with status 0.
+    pub fn ending(&mut self) -> Option<String> {
+        let status = self.status()?;
+        let read = |name| String::from_utf8_lossy(&std::fs::read(self.dir.join(name)).unwrap_or_default()).into_owned();
+        let how = crash_of(status).map_or_else(|| status.to_string(), |name| format!("killed by {name}"));
+        let cpu = if read(CPU_LOG).contains("Triple fault") { ", a processor's triple fault before it" } else { "" };
+        Some(format!("{how}{cpu}, it said {:?}", tail(&read("qemu.log"), 8)))
     }
 
-    /// Whether QEMU ended itself over a fault of its own that is known: see [`THROTTLING`].
+    /// Whether QEMU crashed: see [`CRASHES`].
     pub fn emulator_died(&mut self) -> bool {
-        let log = std::fs::read(self.dir.join("qemu.log")).unwrap_or_default();
-        !self.alive() && String::from_utf8_lossy(&log).contains(THROTTLING)
+        self.status().is_some_and(|status| crash_of(status).is_some())
+    }
+
+    /// QEMU's exit status, if it has ended. One that has closed its pipes is ending, and waited for: writing a core file
+    /// takes a while.
+    fn status(&mut self) -> Option<ExitStatus> {
+        for _ in 0..600 {
+            match self.child.try_wait() {
+                Ok(None) if self.closed => thread::sleep(Duration::from_millis(100)),
+                ended => return ended.ok().flatten(),
+            }
+        }
+        None
     }
 
     /// Keeps all commands and answers in a file of the run.
@@ -347,6 +375,11 @@ impl Drop for Machine {
     }
 }
 
+/// The signal of an emulator that crashed: see [`CRASHES`].
+fn crash_of(status: ExitStatus) -> Option<&'static str> {
+    CRASHES.into_iter().find(|(number, _)| status.signal() == Some(*number)).map(|(_, name)| name)
+}
+
 /// Console of the machine whose logs are in `dir`; empty if there is none.
 pub fn console(dir: &Path) -> String {
     let bytes = std::fs::read(dir.join(CONSOLE)).unwrap_or_default();
@@ -367,6 +400,16 @@ pub fn pattern_sum(seed: u64, count_mib: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_signal_of_its_own_is_a_crash_and_being_ended_is_not() {
+        let crash = |status| crash_of(ExitStatus::from_raw(status));
+        assert_eq!(crash(6), Some("SIGABRT"));
+        // With a core file.
+        assert_eq!(crash(11 | 0x80), Some("SIGSEGV"));
+        // SIGKILL, which comes from us or from a machine without memory; exit status 1; a machine that reset itself.
+        assert_eq!([crash(9), crash(1 << 8), crash(0)], [None; 3]);
+    }
 
     #[test]
     fn a_second_rig_waits_until_the_first_has_ended() {

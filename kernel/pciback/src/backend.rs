@@ -24,6 +24,10 @@ const PAUSE: Nanos = 1_000_000_000;
 /// The pause doubles with each failure in a row, this many times: 64 seconds.
 const LONGEST_PAUSE: u32 = 6;
 
+/// The least time between two writes to xenstore that guests cause by turning interrupts on and off, all guests
+/// together: 200 milliseconds. xenstored serves the whole host.
+const PUBLISH_PAUSE: Nanos = 200_000_000;
+
 /// The watch on dom0's wish to try a broken function again: its address as in the published folder.
 const RETRY: (&str, &str) = ("data/pciback/retry", "retry");
 
@@ -48,6 +52,10 @@ pub struct Backend<P: Platform> {
     complaints: Vec<Complaint>,
     devices: Vec<Device<P::Config>>,
     published: Vec<Option<Published>>,
+    /// When to publish what guests have changed, if they have.
+    publish_due: Option<Nanos>,
+    /// No sooner than then may what guests change be published.
+    publish_not_before: Nanos,
     frontends: BTreeMap<Link, Frontend<P>>,
     watching: bool,
     /// When to look at everything again because xenstore failed; nothing else would bring it back.
@@ -76,6 +84,8 @@ impl<P: Platform> Backend<P> {
             complaints,
             devices,
             published,
+            publish_due: None,
+            publish_not_before: 0,
             frontends: BTreeMap::new(),
             watching: false,
             retry: None,
@@ -188,8 +198,14 @@ impl<P: Platform> Backend<P> {
             }
         }
         if changed {
-            // After the replies: nobody waits for it.
             self.note_due();
+            self.publish_due.get_or_insert(self.publish_not_before);
+        }
+        // After the replies: nobody waits for it.
+        if let Some(due) = self.publish_due
+            && self.platform.now() >= due
+        {
+            self.publish_not_before = self.platform.now().saturating_add(PUBLISH_PAUSE);
             self.publish_devices();
         }
         busy
@@ -248,10 +264,10 @@ impl<P: Platform> Backend<P> {
         self.frontends.values().filter_map(Frontend::port)
     }
 
-    /// When to call [`Backend::serve`] again without an event: after xenstore failed, and while a function is
-    /// handed over.
+    /// When to call [`Backend::serve`] again without an event: after xenstore failed, while a function is handed
+    /// over, and when something is to be published that guests may not have published at once.
     pub fn next_deadline(&self) -> Option<Nanos> {
-        self.retry.into_iter().chain(self.due).min()
+        [self.retry, self.due, self.publish_due].into_iter().flatten().min()
     }
 
     /// The xenstore connection was made anew: watches are gone, and anything may have happened.
@@ -353,6 +369,7 @@ impl<P: Platform> Backend<P> {
 
     /// Publishes what has changed of the functions since the last time.
     fn publish_devices(&mut self) {
+        self.publish_due = None;
         let store = self.platform.store();
         // A domain that has just started has nothing to take back.
         let fresh = !self.introduced && self.failures == 0;

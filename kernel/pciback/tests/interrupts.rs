@@ -87,6 +87,7 @@ fn msix_is_masked_unmapped_and_then_disabled() {
             Act::Write(at::COMMAND, 0x0007),
         ]
     );
+    rig.pass(1_000_000_000);
     assert_eq!(rig.published(NIC, "interrupts").as_deref(), Some("INTx"));
     assert_eq!(rig.world.xen.pirqs(1), []);
 }
@@ -136,6 +137,28 @@ fn case_9a_one_vector_then_none_then_many() {
 }
 
 // Case 9 (b): without a disable in between the answer is Linux's -114, and the first vector goes on working.
+#[test]
+fn toggling_interrupts_without_end_writes_to_xenstore_only_now_and_then() {
+    let (mut rig, guest) = started(Card::PLAIN);
+    let step = 1_000_000;
+    rig.pass(10_000 * step);
+    let before = rig.world.operations.get();
+    for _ in 0..1000 {
+        guest.enable_msix(&mut rig, &[0]).expect("a vector");
+        guest.disable_msi(&mut rig);
+        rig.pass(step);
+    }
+    // In one second: one write at once, and one each fifth of a second.
+    let writes = rig.world.operations.get() - before;
+    assert!((1..=6 * 5).contains(&writes), "{writes} operations on xenstore for 1000 rounds");
+    guest.enable_msix(&mut rig, &[0, 1]).expect("two vectors");
+    rig.pass(1000 * step);
+    assert_eq!(rig.published(NIC, "interrupts").as_deref(), Some("MSI-X 2"), "the last is told in the end");
+    // And a change after a while is told at once.
+    guest.disable_msi(&mut rig);
+    assert_eq!(rig.published(NIC, "interrupts").as_deref(), Some("INTx"));
+}
+
 #[test]
 fn case_9b_a_second_enable_is_refused_and_harms_nothing() {
     let (mut rig, guest) = started(LARGE);
