@@ -243,10 +243,15 @@ impl<P: Platform> Backend<P> {
             return;
         }
         let now = self.platform.now();
-        let found = self.devices.iter_mut().find(|device| nodes::folder(device.entry.sbdf) == wish);
-        match found {
-            Some(device) => {
+        let mut known = self.devices.iter_mut().zip(&mut self.published);
+        match known.find(|(device, _)| nodes::folder(device.entry.sbdf) == wish) {
+            Some((device, published)) => {
                 log::info!("{}: dom0 asks to try it again", device.entry.sbdf);
+                if mode::admit(self.mode.reach, device, self.platform.physdev(), now) {
+                    // Its ids, and how it is reset, are told anew.
+                    *published = None;
+                    announce(device);
+                }
                 device.retry(self.platform.physdev(), now);
             }
             None => log::warn!("{}: {wish:?} is no function of this domain", RETRY.0),

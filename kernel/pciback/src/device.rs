@@ -90,6 +90,8 @@ pub struct Device<C> {
     /// Where it stands.
     pub state: State,
     function: Option<Function<C>>,
+    /// The registers of a function that is not what it should be, or does not answer.
+    unknown: Option<C>,
     /// The guest that has it, and what it was given.
     owner: Option<(DomId, GuestView)>,
     handover: Option<HandOver>,
@@ -101,33 +103,62 @@ pub struct Device<C> {
     stale: u32,
 }
 
+/// The configuration space of the function that the command line means, or why it is not to be had.
+fn recognise<C: ConfigSpace>(entry: &DeviceConfig, hardware: &C) -> Result<VirtualConfig, String> {
+    if entry.sbdf == Sbdf::new(0, 0, 0) {
+        return Err("it is the host bridge, which is never passed through: remove it from dev=".to_string());
+    }
+    let config = VirtualConfig::new(hardware).map_err(|refusal| refusal.to_string())?;
+    let (vendor, model) = config.ids();
+    match entry.id {
+        Some(id) if id != (vendor, model) => Err(format!(
+            "another card is in its place: it is {vendor:04x}:{model:04x}, the command line says {:04x}:{:04x}; check with \
+             lspci and correct id= or the address",
+            id.0, id.1
+        )),
+        _ => Ok(config),
+    }
+}
+
 impl<C: ConfigSpace> Device<C> {
     /// Seizes a function: finds out whether this domain can serve it. `hardware` is an error sentence
     /// where its configuration space could not be mapped.
     pub fn seize(entry: DeviceConfig, hardware: Result<C, String>) -> Device<C> {
-        let seized = hardware.and_then(|hardware| {
-            if entry.sbdf == Sbdf::new(0, 0, 0) {
-                return Err("it is the host bridge, which is never passed through: remove it from dev=".to_string());
-            }
-            let config = VirtualConfig::new(&hardware).map_err(|refusal| refusal.to_string())?;
-            let (vendor, model) = config.ids();
-            match entry.id {
-                Some(id) if id != (vendor, model) => Err(format!(
-                    "another card is in its place: it is {vendor:04x}:{model:04x}, the command line says {:04x}:{:04x}; \
-                     check with lspci and correct id= or the address",
-                    id.0, id.1
-                )),
-                _ => {
-                    let interrupts = Interrupts::new(&hardware, &config);
-                    Ok(Function { hardware, config, interrupts, control: None })
-                }
-            }
-        });
-        let (state, function) = match seized {
-            Ok(function) => (State::Ready, Some(function)),
-            Err(reason) => (State::Broken(reason), None),
+        let (hardware, state) = match hardware {
+            Ok(hardware) => (Some(hardware), State::Ready),
+            Err(reason) => (None, State::Broken(reason)),
         };
-        Device { entry, state, function, owner: None, handover: None, untouched: false, waking: None, stale: 0 }
+        let mut device = Device {
+            entry,
+            state,
+            function: None,
+            unknown: hardware,
+            owner: None,
+            handover: None,
+            untouched: false,
+            waking: None,
+            stale: 0,
+        };
+        device.recognise();
+        device
+    }
+
+    /// Looks what is at the function's address, if that is not known yet. True if it has become known.
+    pub fn recognise(&mut self) -> bool {
+        let Some(hardware) = self.unknown.take() else { return false };
+        match recognise(&self.entry, &hardware) {
+            Ok(config) => {
+                let interrupts = Interrupts::new(&hardware, &config);
+                self.function = Some(Function { hardware, config, interrupts, control: None });
+                self.state = State::Ready;
+                true
+            }
+            Err(reason) => {
+                self.unknown = Some(hardware);
+                self.state = State::Broken(reason);
+                false
+            }
+        }
     }
 
     /// Asks Xen whether this domain may act on the function, with a call that changes nothing for anybody else:
@@ -199,6 +230,12 @@ impl<C: ConfigSpace> Device<C> {
             }
             self.begin(physdev, now);
         }
+    }
+
+    /// Whether the function is known and broken, and this domain has no control of it.
+    pub fn is_refused(&self) -> bool {
+        matches!(self.state, State::Broken(_))
+            && self.function.as_ref().is_some_and(|function| function.control.is_none())
     }
 
     /// Says that the function can't be used.

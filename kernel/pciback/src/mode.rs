@@ -12,6 +12,7 @@ use crate::device::{Answer, Device};
 use crate::handover::Reach;
 use crate::physdev::{Physdev, PhysdevError};
 use crate::platform::{ConfigSpace, Nanos};
+use crate::sbdf::Sbdf;
 
 /// The mode in force.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,43 +57,64 @@ pub fn settle<C: ConfigSpace, P: Physdev>(
             reach: None,
             why: "the command line says mode=read-only: guests' configuration writes are refused".to_string(),
         },
-        Mode::Auto => ask(devices, physdev, now),
+        Mode::Auto => ask_for_all(devices, physdev, now),
     }
 }
 
+/// Takes a function into the mode in force that was not in its place, or refused by Xen, when the mode was settled.
+/// True if there is something new to say of it.
+pub fn admit<C: ConfigSpace, P: Physdev>(
+    reach: Option<Reach>,
+    device: &mut Device<C>,
+    physdev: &mut P,
+    now: Nanos,
+) -> bool {
+    let known = device.recognise();
+    match reach {
+        Some(Reach::Direct) if known || device.is_refused() => {
+            let _ = ask(device, physdev, now);
+            true
+        }
+        Some(Reach::Hardware) if known => {
+            device.control(Reach::Hardware, None, physdev, now);
+            true
+        }
+        _ => known,
+    }
+}
+
+/// Asks Xen for a function, and takes control of it or refuses it.
+fn ask<C: ConfigSpace, P: Physdev>(device: &mut Device<C>, physdev: &mut P, now: Nanos) -> Result<(), PhysdevError> {
+    match device.ask(physdev) {
+        Answer::Yes => device.control(Reach::Direct, None, physdev, now),
+        Answer::InUse(dirty) => device.control(Reach::Direct, Some(dirty), physdev, now),
+        Answer::No(error) => {
+            match error {
+                PhysdevError::NotImplemented => {}
+                // The change is there, and says whose function it is not.
+                PhysdevError::NotPermitted => device.refuse(format!(
+                    "Xen answers {error} to physdev calls for it: this domain is not its config owner; add its ECAM \
+                     frame to iomem= (xl-pciback config prints it)"
+                )),
+                // What is wrong with one that was not recognised is told already.
+                _ if device.peek().is_none() => {}
+                _ => device.refuse(format!("Xen answers {error} to physdev calls for it; see xl dmesg")),
+            }
+            return Err(error);
+        }
+    }
+    Ok(())
+}
+
 /// Asks Xen for each function.
-fn ask<C: ConfigSpace, P: Physdev>(devices: &mut [Device<C>], physdev: &mut P, now: Nanos) -> InForce {
+fn ask_for_all<C: ConfigSpace, P: Physdev>(devices: &mut [Device<C>], physdev: &mut P, now: Nanos) -> InForce {
     let mut direct = None;
     let mut refused = None;
     for device in devices {
         let sbdf = device.entry.sbdf;
-        let seized = device.ids().is_some();
-        match device.ask(physdev) {
-            Answer::Yes => {
-                direct.get_or_insert(sbdf);
-                device.control(Reach::Direct, None, physdev, now);
-            }
-            Answer::InUse(dirty) => {
-                direct.get_or_insert(sbdf);
-                device.control(Reach::Direct, Some(dirty), physdev, now);
-            }
-            Answer::No(PhysdevError::NotImplemented) => {
-                refused.get_or_insert((sbdf, PhysdevError::NotImplemented));
-            }
-            // The change is there, and says whose function it is not.
-            Answer::No(error @ PhysdevError::NotPermitted) => {
-                refused.get_or_insert((sbdf, error));
-                device.refuse(format!(
-                    "Xen answers {error} to physdev calls for it: this domain is not its config owner; add its ECAM \
-                     frame to iomem= (xl-pciback config prints it)"
-                ));
-            }
-            Answer::No(error) => {
-                refused.get_or_insert((sbdf, error));
-                if seized {
-                    device.refuse(format!("Xen answers {error} to physdev calls for it; see xl dmesg"));
-                }
-            }
+        match ask(device, physdev, now) {
+            Ok(()) => drop(direct.get_or_insert(sbdf)),
+            Err(error) => drop(refused.get_or_insert((sbdf, error))),
         }
     }
     match (direct, refused) {
@@ -104,14 +126,25 @@ fn ask<C: ConfigSpace, P: Physdev>(devices: &mut [Device<C>], physdev: &mut P, n
                  domain maps MSI and MSI-X itself"
             ),
         },
-        (None, Some((sbdf, error))) => InForce {
-            reach: None,
-            why: format!(
-                "Xen answered {error} when asked for {sbdf}: it has no config-owner change, and a configuration write would \
-                 end this domain, so guests' configuration writes are refused; boot a Xen with the change (boot/xen), or \
-                 boot Xen with mmcfg=0 and say mode=mmcfg0"
-            ),
-        },
+        (None, Some((sbdf, error))) => InForce { reach: None, why: refusal(sbdf, error) },
         (None, None) => InForce { reach: None, why: "there is no function to ask Xen for".to_string() },
     }
+}
+
+/// Why no function may be written to, by what Xen answered for the first.
+fn refusal(sbdf: Sbdf, error: PhysdevError) -> String {
+    let (means, remedy) = match error {
+        PhysdevError::NotImplemented => (
+            "it has no config-owner change, and a configuration write would end this domain",
+            "boot a Xen with the change (boot/xen), or boot Xen with mmcfg=0 and say mode=mmcfg0",
+        ),
+        PhysdevError::NotPermitted => (
+            "it has the config-owner change, and this domain is the config owner of none of its functions",
+            "add their ECAM frames to iomem= (xl-pciback config prints them)",
+        ),
+        _ => ("whether this domain may write is not known", "see xl dmesg"),
+    };
+    format!(
+        "Xen answered {error} when asked for {sbdf}: {means}, so guests' configuration writes are refused; {remedy}"
+    )
 }

@@ -3,7 +3,7 @@
 
 mod model;
 
-use model::hardware::{MASKALL, at};
+use model::hardware::{MASKALL, Silence, at};
 use model::logs::{heard, listen};
 use model::xen::errno::*;
 use model::xen::{Act, Assigned, Call, Flavour};
@@ -151,6 +151,114 @@ fn a_function_whose_frame_is_not_ours_is_told_and_the_others_work() {
             assert_eq!(rig.state(foreign), "broken");
             assert!(rig.hardware(foreign).writes.borrow().is_empty());
         }
+    }
+}
+
+/// With two functions, so that the change is found by the other where the first gives no hint of it.
+#[test]
+fn a_function_that_was_not_there_at_start_is_taken_when_dom0_asks_again() {
+    for (flavour, options, found) in [
+        (Flavour::Owner, "", "direct"),
+        (Flavour::Mmcfg0, "mode=mmcfg0 ", "mmcfg0"),
+        (Flavour::Stock417, "", "read-only"),
+        (Flavour::Owner, "mode=read-only ", "read-only"),
+    ] {
+        for (how, says) in [(Silence::Ones, "no device answers"), (Silence::Retry, "not ready to answer yet")] {
+            let world = host(flavour, Card::FULL);
+            world.plug(OTHER, Card::FULL.build());
+            let card = world.hardware.borrow()[&sbdf(NIC)].clone();
+            card.fall_silent(how);
+            let mut rig = boot_in(world, &format!("{options}{TWO}"));
+            assert_eq!(mode(&rig), found, "{options} {how:?}");
+            assert!(rig.reason(NIC).contains(says), "{}", rig.reason(NIC));
+            assert_eq!(rig.published(NIC, "id").as_deref(), Some(""));
+            // Too early.
+            rig.world.retry(NIC);
+            rig.settle();
+            assert!(rig.reason(NIC).contains(says), "{}", rig.reason(NIC));
+            card.come_back();
+            rig.world.retry(NIC);
+            rig.settle();
+            assert_eq!((rig.state(NIC).as_str(), rig.published(NIC, "reason")), ("ready", None), "{options} {how:?}");
+            for node in ["id", "reset"] {
+                assert_eq!(rig.published(NIC, node), rig.published(OTHER, node), "{options} {how:?}");
+            }
+            let mut guest = rig.attach(1, &[NIC]);
+            guest.connect(&mut rig);
+            if found != "read-only" {
+                guest.enable(&mut rig);
+            }
+            let vectors = guest.enable_msix(&mut rig, &[0]).map(|vectors| vectors.len());
+            assert_eq!(vectors, if found == "direct" { Ok(1) } else { Err(-4) }, "{options} {how:?}");
+            assert_eq!(wrote(&rig), found != "read-only");
+            guest.destroy(&mut rig);
+            assert_eq!(rig.state(NIC), "ready");
+        }
+    }
+}
+
+#[test]
+fn another_card_than_named_is_refused_until_the_right_one_is_there() {
+    let world = host(Flavour::Owner, Card::FULL);
+    let card = world.hardware.borrow()[&sbdf(NIC)].clone();
+    card.set_word(2, 0x1234);
+    let mut rig = boot_in(world, &format!("{ONE},id=8086:100e"));
+    for _ in 0..2 {
+        assert!(rig.reason(NIC).contains("another card is in its place: it is 8086:1234"), "{}", rig.reason(NIC));
+        rig.world.retry(NIC);
+        rig.settle();
+    }
+    assert!(!wrote(&rig));
+    card.set_word(2, 0x100e);
+    rig.world.retry(NIC);
+    rig.settle();
+    assert_eq!((rig.state(NIC).as_str(), rig.published(NIC, "id").as_deref()), ("ready", Some("8086:100e")));
+}
+
+#[test]
+fn a_function_that_xen_refused_at_start_is_asked_for_again() {
+    for errno in [EPERM, ENODEV] {
+        let world = host(Flavour::Owner, Card::FULL);
+        world.plug(OTHER, Card::FULL.build());
+        world.xen.fail(Call::Prepare, 0..2, errno);
+        let mut rig = boot_in(world, TWO);
+        // The first call was for the one; the second, for the other, failed too.
+        assert_eq!(mode(&rig), "read-only");
+        for function in [NIC, OTHER] {
+            assert!(rig.reason(function).contains(&format!("(-{errno})")), "{}", rig.reason(function));
+        }
+        // Nothing says any more that the host allows writes.
+        rig.world.retry(NIC);
+        rig.settle();
+        assert_eq!(rig.state(NIC), "broken");
+        assert!(!wrote(&rig));
+
+        let world = host(Flavour::Owner, Card::FULL);
+        world.plug(OTHER, Card::FULL.build());
+        world.xen.fail(Call::Prepare, 0..1, errno);
+        let mut rig = boot_in(world, TWO);
+        assert_eq!(
+            (mode(&rig).as_str(), rig.state(NIC).as_str(), rig.state(OTHER).as_str()),
+            ("direct", "broken", "ready")
+        );
+        rig.world.retry(NIC);
+        rig.settle();
+        assert_eq!((rig.state(NIC).as_str(), rig.published(NIC, "reset").as_deref()), ("ready", Some("flr")));
+    }
+}
+
+#[test]
+fn why_nothing_may_be_written_is_told_by_what_xen_answered() {
+    for (errno, says, not) in [
+        (EPERM, "config owner of none", "boot a Xen"),
+        (ENOSYS, "boot a Xen with the change", "iomem="),
+        (ENODEV, "see xl dmesg", "boot a Xen"),
+    ] {
+        let world = host(Flavour::Owner, Card::FULL);
+        world.xen.fail(Call::Prepare, 0..u64::MAX, errno);
+        let rig = boot_in(world, ONE);
+        let why = rig.world.get("data/pciback/mode-why").expect("a reason");
+        assert!(why.contains(&format!("(-{errno})")) && why.contains(says) && !why.contains(not), "{why}");
     }
 }
 

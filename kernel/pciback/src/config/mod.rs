@@ -19,8 +19,8 @@ pub use self::bars::Resource;
 use self::bars::{BarWrite, Bars};
 pub use self::msi::{Msi, Msix, Place, msi_control, msix_control};
 use self::registers::{
-    BIST_START, EXTENDED, Found, MULTIFUNCTION, NO_VENDOR, SPACE, VPD_WRITE, capability, command, offset as header,
-    power, table, walk,
+    BIST_START, EXTENDED, Found, MULTIFUNCTION, NO_VENDOR, RETRY_VENDOR, SPACE, VPD_WRITE, capability, command,
+    offset as header, power, table, walk,
 };
 pub use self::registers::{Name, Register, Rule};
 use crate::platform::{ConfigSpace, Width, WritesOff};
@@ -44,6 +44,9 @@ pub struct GuestView {
 pub enum Refusal {
     /// The vendor register reads ffff.
     NoAnswer,
+    /// It asks to be read again later (PCI Express 6.0, 2.3.1: Request Retry Status): the vendor register reads 0001 and
+    /// the others all ones.
+    NotYet,
     /// The function has another header than a device's.
     HeaderType(u8),
     /// Another device is there than at start.
@@ -71,6 +74,7 @@ impl fmt::Display for Refusal {
                 "no device answers (the vendor id reads ffff): check its address and power; \
                  a virtual function cannot be passed in this version",
             ),
+            Refusal::NotYet => f.write_str("it is not ready to answer yet: try again in a moment"),
             Refusal::HeaderType(1) => f.write_str("it is a bridge: pass the devices behind it instead"),
             Refusal::HeaderType(header) => {
                 write!(f, "its header is of type {header}: only type 0, an ordinary device, can be passed")
@@ -203,7 +207,7 @@ impl VirtualConfig {
     /// Takes over a function: reads its ids and builds its table of registers.
     ///
     /// # Errors
-    /// [`Refusal::NoAnswer`] or [`Refusal::HeaderType`].
+    /// [`Refusal::NoAnswer`], [`Refusal::NotYet`] or [`Refusal::HeaderType`].
     pub fn new<C: ConfigSpace>(hardware: &C) -> Result<VirtualConfig, Refusal> {
         let (vendor, device) = hardware_ids(hardware)?;
         let kind = hardware.read(header::HEADER_TYPE, Width::Byte) as u8 & !MULTIFUNCTION;
@@ -273,7 +277,7 @@ impl VirtualConfig {
     /// Looks whether the function answers as the one that was seized.
     ///
     /// # Errors
-    /// [`Refusal::NoAnswer`] or [`Refusal::Replaced`].
+    /// [`Refusal::NoAnswer`], [`Refusal::NotYet`] or [`Refusal::Replaced`].
     pub fn check_ids<C: ConfigSpace>(&self, hardware: &C) -> Result<(), Refusal> {
         if hardware_ids(hardware)? == self.ids() { Ok(()) } else { Err(Refusal::Replaced) }
     }
@@ -384,10 +388,12 @@ impl VirtualConfig {
 /// Vendor and device id of what answers.
 fn hardware_ids<C: ConfigSpace>(hardware: &C) -> Result<(u16, u16), Refusal> {
     let vendor = hardware.read(header::VENDOR, Width::Word) as u16;
-    if vendor == NO_VENDOR {
-        return Err(Refusal::NoAnswer);
+    let device = hardware.read(header::DEVICE, Width::Word) as u16;
+    match (vendor, device) {
+        (NO_VENDOR, _) => Err(Refusal::NoAnswer),
+        (RETRY_VENDOR, u16::MAX) => Err(Refusal::NotYet),
+        ids => Ok(ids),
     }
-    Ok((vendor, hardware.read(header::DEVICE, Width::Word) as u16))
 }
 
 /// The registers an access touches: at most four, found by binary search.

@@ -17,6 +17,8 @@ pub const EXTENDED: u16 = 0x100;
 pub const HEADER_END: u16 = 0x40;
 /// What a vendor register reads where no function answers.
 pub const NO_VENDOR: u16 = 0xffff;
+/// What a vendor register reads while its function asks to be read again later.
+pub const RETRY_VENDOR: u16 = 0x0001;
 
 /// Offsets of the header's registers.
 pub mod offset {

@@ -167,7 +167,12 @@ impl Hardware {
 
     /// It does not answer any more.
     pub fn vanish(&self) {
-        self.silent.set(Some((Nanos::MAX, Silence::Ones)));
+        self.fall_silent(Silence::Ones);
+    }
+
+    /// It does not answer any more, in this way.
+    pub fn fall_silent(&self, how: Silence) {
+        self.silent.set(Some((Nanos::MAX, how)));
     }
 
     /// It answers again, as it was.
