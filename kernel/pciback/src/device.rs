@@ -42,6 +42,8 @@ struct Control {
     image: Image,
     /// The function has been ready with this image.
     proven: bool,
+    /// It was told that the reset changes nothing.
+    doubted: bool,
     method: Method,
     reach: Reach,
 }
@@ -207,7 +209,7 @@ impl<C: ConfigSpace> Device<C> {
             }
             Ok(method) => {
                 let image = Image::take(&function.hardware, &function.config);
-                function.control = Some(Control { image, proven: false, method, reach });
+                function.control = Some(Control { image, proven: false, doubted: false, method, reach });
                 let direct = reach == Reach::Direct;
                 function.interrupts.offer(direct && self.entry.msi, direct && self.entry.msix);
                 match busy {
@@ -404,8 +406,21 @@ impl<C: ConfigSpace> Device<C> {
                 self.state = State::Ready;
                 if let Some(control) = self.function.as_mut().and_then(|function| function.control.as_mut()) {
                     control.proven = true;
+                    if handover.is_unreset() {
+                        let doubt = format!(
+                            "its reset ({}) changes nothing: it has kept its addresses, so what a guest started in it may \
+                             go on with the next",
+                            control.method.word()
+                        );
+                        if self.entry.strict {
+                            self.state = State::Broken(format!("{doubt}; say reset=bus, or take strict out"));
+                        } else if !core::mem::replace(&mut control.doubted, true) {
+                            log::warn!("{}: {doubt}; reset=bus may help", self.entry.sbdf);
+                        }
+                    }
                 }
-                if let Some((guest, view)) = self.owner.take()
+                if self.state == State::Ready
+                    && let Some((guest, view)) = self.owner.take()
                     && let Err(why) = self.attach(guest, view, physdev)
                 {
                     self.owner = Some((guest, view));

@@ -226,6 +226,14 @@ impl Image {
     }
 }
 
+/// Whether a function still has the addresses it had before its reset. Every reset clears its base address registers
+/// (PCI Express Base 5.0, 6.6.2; for D3hot PCI Power Management 1.2, 5.4.1), so such a function was not reset.
+fn kept_addresses<C: ConfigSpace>(image: &Image, hardware: &C) -> bool {
+    let is_bar = |saved: &&Saved| (offset::BAR0..offset::BAR0 + 24).contains(&saved.at) && saved.value & !0xf != 0;
+    let mut bars = image.0.iter().filter(is_bar).peekable();
+    bars.peek().is_some() && bars.all(|saved| hardware.read(saved.at, saved.width) == saved.value)
+}
+
 /// The extended capabilities: ids and offsets.
 fn extended<C: ConfigSpace>(hardware: &C) -> Vec<(u16, u16)> {
     let mut found: Vec<(u16, u16)> = Vec::new();
@@ -305,6 +313,7 @@ pub struct Subject<'a, C, P> {
 pub struct HandOver {
     step: Step,
     due: Nanos,
+    unreset: bool,
 }
 
 impl HandOver {
@@ -313,14 +322,19 @@ impl HandOver {
         subject.config.detach(subject.hardware);
         if let Some(at) = asleep(subject.hardware, subject.config) {
             set_power(subject.hardware, at, 0);
-            return HandOver { step: Step::Wake, due: now.saturating_add(POWER) };
+            return HandOver { step: Step::Wake, due: now.saturating_add(POWER), unreset: false };
         }
-        HandOver { step: silence(subject, now), due: now }
+        HandOver { step: silence(subject, now), due: now, unreset: false }
     }
 
     /// When [`HandOver::advance`] is to be called.
     pub fn due(&self) -> Nanos {
         self.due
+    }
+
+    /// Whether the function's own reset was done and has changed nothing: its former guest's work may go on in it.
+    pub fn is_unreset(&self) -> bool {
+        self.unreset
     }
 
     /// Does what is due, up to the next wait.
@@ -448,6 +462,8 @@ impl HandOver {
             self.step = Step::Answer { until, pause };
             return Progress::Until(now.saturating_add(POWER));
         }
+        let own = matches!(subject.method, Method::Flr(_) | Method::Af(_) | Method::Pm(_));
+        self.unreset = own && kept_addresses(subject.image, subject.hardware);
         if let Err(why) = subject.image.restore(subject.hardware, subject.sbdf) {
             return Progress::Broken(why);
         }

@@ -605,3 +605,53 @@ fn a_card_that_does_not_wake_up_is_not_offered() {
     assert!(rig.reason(NIC).contains("D3"), "{}", rig.reason(NIC));
     assert!(rig.world.now.get() - start < 62_000 * MS);
 }
+
+/// A card whose reset is none keeps working for its former guest. That cannot be mended from here, but told.
+#[test]
+fn a_reset_that_changes_nothing_is_told_once_and_is_none_for_strict() {
+    for (card, method) in [(Card::FULL, "flr"), (AF, "af"), (PM, "pm")] {
+        let doubt = format!("its reset ({method}) changes nothing");
+        for (unresettable, times) in [(false, 0), (true, 1)] {
+            listen();
+            let world: Rc<World> = Rc::default();
+            world.plug(NIC, card.build()).unresettable.set(unresettable);
+            let mut rig = boot_in(world, ONE);
+            for id in 1..4 {
+                assert_eq!(rig.state(NIC), "ready");
+                let mut guest = rig.attach(id, &[NIC]);
+                guest.connect(&mut rig);
+                guest.enable(&mut rig);
+                guest.destroy(&mut rig);
+            }
+            let told = heard().iter().filter(|line| line.contains(&doubt)).count();
+            assert_eq!(told, times, "{method}: {:#?}", heard());
+        }
+        let world: Rc<World> = Rc::default();
+        let hardware = world.plug(NIC, card.build());
+        hardware.unresettable.set(true);
+        let mut rig = boot_in(world, &format!("{ONE},strict"));
+        assert!(rig.reason(NIC).contains(&doubt) && rig.reason(NIC).contains("reset=bus"), "{}", rig.reason(NIC));
+        hardware.unresettable.set(false);
+        rig.world.retry(NIC);
+        rig.settle();
+        assert_eq!(rig.state(NIC), "ready", "{method}");
+    }
+}
+
+/// Nothing can be said of a card without addresses, nor where the reset is not its own.
+#[test]
+fn only_a_reset_that_shows_is_doubted() {
+    for options in ["", ",reset=bus", ",reset=none"] {
+        listen();
+        let world: Rc<World> = Rc::default();
+        let hardware = world.plug(NIC, Card { power: Some(false), msix: 0, ..Card::PLAIN }.build());
+        hardware.unresettable.set(true);
+        if options.is_empty() {
+            hardware.lock(0x10..0x28);
+            hardware.bytes.borrow_mut()[0x10..0x28].fill(0);
+        }
+        let rig = boot_in(world, &format!("{ONE}{options}"));
+        assert_eq!(rig.state(NIC), "ready", "{options}");
+        assert!(!heard().iter().any(|line| line.contains("changes nothing")), "{options}: {:#?}", heard());
+    }
+}

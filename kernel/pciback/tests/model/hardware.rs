@@ -130,6 +130,8 @@ pub struct Hardware {
     /// Its transactions are pending until then.
     pub pending: Cell<Nanos>,
     pub resets: Cell<u32>,
+    /// Its own resets are accepted and change nothing, as with the e1000e that QEMU 7.2 emulates.
+    pub unresettable: Cell<bool>,
     /// What the driver domain wrote.
     pub writes: RefCell<Vec<(u16, u32)>>,
     /// Accesses to the table while the function did not decode its address: a host with firmware-first error
@@ -220,6 +222,9 @@ impl Hardware {
             *held = (*held & !takes | byte & takes) & !(byte & self.clears[usize::from(at)]);
             resets |= self.flr && at == at::DEVICE_CONTROL + 1 && byte & 0x80 != 0;
             resets |= self.af && at == at::ADVANCED + 4 && byte & 1 != 0;
+        }
+        if self.unresettable.get() {
+            return;
         }
         if resets {
             self.reset(now, self.recovery.get());
@@ -467,6 +472,7 @@ impl Builder {
             power: card.power,
             table: RefCell::new(vec![Entry { masked: true, ..Entry::default() }; usize::from(card.msix)]),
             silent: Cell::new(None),
+            unresettable: Cell::new(false),
             recovery: Cell::new((100 * MS, Silence::Ones)),
             pending: Cell::new(0),
             resets: Cell::new(0),
