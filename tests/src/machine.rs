@@ -257,7 +257,10 @@ impl Machine {
         let _ = self.expect.send(self.seq);
         let request = Request { seq: self.seq, seconds, script: script.as_bytes().to_vec() };
         self.trace(&format!("# {script}\n"));
-        request.write(&mut self.commands).map_err(|error| self.gone(&error.to_string()))?;
+        if let Err(error) = request.write(&mut self.commands) {
+            self.closed = true;
+            return Err(self.gone(&error.to_string()));
+        }
         let reply = match self.replies.recv_timeout(Duration::from_secs(seconds + 30)) {
             Ok(Ok(reply)) => reply,
             Ok(Err(error)) => {

@@ -44,8 +44,8 @@ pub struct GuestView {
 pub enum Refusal {
     /// The vendor register reads ffff.
     NoAnswer,
-    /// It asks to be read again later (PCI Express 6.0, 2.3.1: Request Retry Status): the vendor register reads 0001 and
-    /// the others all ones.
+    /// It asks to be read again later (PCI Express Base 5.0, 2.3.2, Configuration Request Retry Status): the vendor
+    /// register reads 0001 and the others all ones.
     NotYet,
     /// The function has another header than a device's.
     HeaderType(u8),
