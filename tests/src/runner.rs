@@ -215,7 +215,8 @@ pub fn run(built: &Built, release: Release, scenarios: &[(Boot, Scenario)], xen_
                 if outcome.is_ok() || !rig.machine.emulator_died() {
                     return outcome;
                 }
-                say(format!("{place}: {}: on a new machine, because the emulator died", scenario.name));
+                let how = rig.machine.ending().unwrap_or_default();
+                say(format!("{place}: {}: on a new machine, because the emulator died ({how})", scenario.name));
                 // Only one can run.
                 machine = None;
                 run_one(machine.insert(boot(built, release, kind, xen_args)?), scenario)
