@@ -50,8 +50,8 @@ fn judged(figure: f64, bound: f64) -> String {
 }
 
 /// Runs the bench and writes docs/bench.md.
-pub fn run(built: &Built, release: Release) -> Outcome {
-    let mut rig = runner::boot(built, release, Boot::Changed, "")?;
+pub fn run(built: &Built, release: Release, boot: Boot) -> Outcome {
+    let mut rig = runner::boot(built, release, boot, "")?;
     let size = std::fs::metadata(&built.image).map_err(|error| Stop::Error(error.to_string()))?.len();
     let number = |text: String| text.trim().parse::<f64>().map_err(|_| Stop::Error(format!("not a number: {text:?}")));
     // The first start of a boot is also the emulator's: it translates the image, and the part of Xen that runs it.
@@ -83,10 +83,15 @@ pub fn run(built: &Built, release: Release) -> Outcome {
 
     let mut text = format!(
         "# Measured beside Linux's xen-pciback\n\nWritten by `cargo xtask bench` on Xen {}. Both backends served the same guest (PV Linux, 2 vCPUs) and the same\n\
-         emulated NVMe drive in one boot of Xen with the config-owner change (mode direct) under QEMU's software emulation; only the\n\
-         ratios mean something elsewhere.\n\n\
+         emulated NVMe drive in one boot of {} under QEMU's software emulation; only the ratios\n\
+         mean something elsewhere.\n\n\
          | figure | driver domain | xen-pciback | ratio | bound |\n| --- | ---: | ---: | ---: | --- |\n",
-        release.xen()
+        release.xen(),
+        match boot {
+            Boot::Writable => "the release's own Xen with `mmcfg=0`",
+            Boot::Plain => "the release's own Xen",
+            Boot::Changed => "Xen with the config-owner change (mode direct)",
+        }
     );
     let mut row = |name: &str, ours: String, theirs: String, ratio: Option<f64>, bound: String| {
         let ratio = ratio.map(|ratio| format!("{ratio:.2}")).unwrap_or_default();

@@ -49,7 +49,14 @@ path. What was built is kept beside the packages, by source version and contents
   --force     fetch and build anew
 ";
 const HELP_DEMO: &str = "cargo xtask demo\n\nInstalls what is missing (when root), builds, boots, and shows a guest that reads a passed-through drive.\n";
-const HELP_BENCH: &str = "cargo xtask bench [--release bookworm|trixie]\n\nMeasures this backend and Linux's in one run and writes docs/bench.md.\n";
+const HELP_BENCH: &str = "\
+cargo xtask bench [--release bookworm|trixie] [--xen stock|changed]
+
+Measures this backend and Linux's in one run and writes docs/bench.md.
+
+  --xen       on the release's own hypervisor with mmcfg=0, or in direct mode on the one of `cargo xtask xen`, which may be of
+              another version of Xen (default: stock)
+";
 const HELP_COMPARE: &str = "\
 cargo xtask compare [--release bookworm|trixie]
 
@@ -85,6 +92,13 @@ struct Words {
     scenarios: Vec<String>,
 }
 
+impl Words {
+    /// The boot on the hypervisor that is asked for, in which configuration space can be written.
+    fn boot(&self) -> Boot {
+        if self.hypervisor == Some(Hypervisor::ConfigOwner) { Boot::Changed } else { Boot::Writable }
+    }
+}
+
 fn command() -> Result<ExitCode> {
     let mut parser = lexopt::Parser::from_env();
     let name = match parser.next()? {
@@ -113,7 +127,7 @@ fn command() -> Result<ExitCode> {
                 return Ok(ExitCode::SUCCESS);
             }
             ("rig" | "bench" | "compare" | "xen", Long("release")) => words.release = Some(parser.value()?.string()?),
-            ("rig", Long("xen")) => words.hypervisor = Some(Hypervisor::parse(&parser.value()?.string()?)?),
+            ("rig" | "bench", Long("xen")) => words.hypervisor = Some(Hypervisor::parse(&parser.value()?.string()?)?),
             ("xen", Long("force")) => words.force = true,
             ("rig", Long("xen-args")) => words.xen_args = parser.value()?.string()?,
             ("rig", Long("list")) => words.list = true,
@@ -135,7 +149,7 @@ fn command() -> Result<ExitCode> {
         }
         _ => {
             let release = releases(words.release.as_deref())?[0];
-            shown("bench", |built| rig::bench::run(built, release))
+            shown("bench", |built| rig::bench::run(built, release, words.boot()))
         }
     }
 }
@@ -179,7 +193,7 @@ fn rig_command(words: &Words) -> Result<ExitCode> {
     install_missing()?;
     let built = Built::new()?;
     if words.shell {
-        let boot = if words.hypervisor == Some(Hypervisor::ConfigOwner) { Boot::Changed } else { Boot::Writable };
+        let boot = words.boot();
         let base = runner::base(releases[0], runner::hypervisor(boot))?;
         let dir = runner::log_dir(releases[0], boot);
         let options = Options { xen_args: runner::boot_args(boot, &words.xen_args), shell: true, dir };
@@ -196,8 +210,7 @@ fn rig_command(words: &Words) -> Result<ExitCode> {
             let fits = |boot: &Boot| words.hypervisor.is_none_or(|wanted| runner::hypervisor(*boot) == wanted);
             let boots: Vec<Boot> = scenario.boots.iter().copied().filter(fits).collect();
             // A scenario that is named is tried where it was not made for, too.
-            let other = if words.hypervisor == Some(Hypervisor::ConfigOwner) { Boot::Changed } else { Boot::Writable };
-            let boots = if boots.is_empty() && !words.scenarios.is_empty() { vec![other] } else { boots };
+            let boots = if boots.is_empty() && !words.scenarios.is_empty() { vec![words.boot()] } else { boots };
             todo.extend(boots.into_iter().map(|boot| (boot, *scenario)));
         }
         lines.extend(runner::run(&built, release, &todo, &words.xen_args));
