@@ -224,14 +224,14 @@ impl Image {
         }
         Ok(())
     }
-}
 
-/// Whether a function still has the addresses it had before its reset. Every reset clears its base address registers
-/// (PCI Express Base 5.0, 6.6.2; for D3hot PCI Power Management 1.2, 5.4.1), so such a function was not reset.
-fn kept_addresses<C: ConfigSpace>(image: &Image, hardware: &C) -> bool {
-    let is_bar = |saved: &&Saved| (offset::BAR0..offset::BAR0 + 24).contains(&saved.at) && saved.value & !0xf != 0;
-    let mut bars = image.0.iter().filter(is_bar).peekable();
-    bars.peek().is_some() && bars.all(|saved| hardware.read(saved.at, saved.width) == saved.value)
+    /// Whether a function still has its addresses after a reset. Every reset clears its base address registers (PCI
+    /// Express Base 5.0, 6.6.2; for D3hot PCI Power Management 1.2, 5.4.1), so such a function was not reset.
+    fn addresses_kept<C: ConfigSpace>(&self, hardware: &C) -> bool {
+        let is_bar = |saved: &&Saved| (offset::BAR0..offset::BAR0 + 24).contains(&saved.at) && saved.value & !0xf != 0;
+        let mut bars = self.0.iter().filter(is_bar).peekable();
+        bars.peek().is_some() && bars.all(|saved| hardware.read(saved.at, saved.width) == saved.value)
+    }
 }
 
 /// The extended capabilities: ids and offsets.
@@ -463,7 +463,7 @@ impl HandOver {
             return Progress::Until(now.saturating_add(POWER));
         }
         let own = matches!(subject.method, Method::Flr(_) | Method::Af(_) | Method::Pm(_));
-        self.unreset = own && kept_addresses(subject.image, subject.hardware);
+        self.unreset = own && subject.image.addresses_kept(subject.hardware);
         if let Err(why) = subject.image.restore(subject.hardware, subject.sbdf) {
             return Progress::Broken(why);
         }

@@ -113,8 +113,12 @@ fn ask_for_all<C: ConfigSpace, P: Physdev>(devices: &mut [Device<C>], physdev: &
     for device in devices {
         let sbdf = device.entry.sbdf;
         match ask(device, physdev, now) {
-            Ok(()) => drop(direct.get_or_insert(sbdf)),
-            Err(error) => drop(refused.get_or_insert((sbdf, error))),
+            Ok(()) => {
+                direct.get_or_insert(sbdf);
+            }
+            Err(error) => {
+                refused.get_or_insert((sbdf, error));
+            }
         }
     }
     match (direct, refused) {
