@@ -1,15 +1,19 @@
 //! The machine as the backend sees it: `pciback`'s traits over Xen. No decisions here.
 
+use alloc::alloc::{Layout, alloc_zeroed};
 use alloc::format;
 use alloc::rc::Rc;
 use alloc::string::String;
 use alloc::vec::Vec;
+use core::cell::RefCell;
 use core::sync::atomic::Ordering;
 
 use pciback::cmdline::{Config, EcamWindow};
+use pciback::delegate::message::{ANSWER, REQUEST};
+use pciback::delegate::{Delegate, Down, Line, RoutedConfig, RoutedPhysdev, Shared};
 use pciback::physdev::{Physdev, PhysdevError, Pirq, Vector};
 use pciback::platform::{
-    Channel, ConfigSpace, ConnectError, DomId, Nanos, Platform, Port, SharedPage, Store, StoreError, Transaction,
+    Channel, ConfigSpace, ConnectError, DomId, Nanos, Platform, Port, SharedPage, Store, StoreError, Transaction, Way,
     Width, WritesOff,
 };
 use pciback::sbdf::Sbdf;
@@ -20,17 +24,19 @@ use xen_guest::console::Console;
 use xen_guest::errno::Errno;
 use xen_guest::evtchn::{self, BoundPort, Pending};
 use xen_guest::grant::{self, Mapping, Window};
+use xen_guest::grant_table::OwnTable;
 use xen_guest::memory::{self as xen_memory, Param};
 use xen_guest::page::Page;
 use xen_guest::physdev;
 use xen_guest::sched::{self, POLL_PORTS};
 use xen_guest::store::{Client, Error, Transport};
+use xen_guest::vchan::Server;
 
 use crate::memory::{AddressSpace, MapError, Use};
 use crate::{fatal, logger};
 
-/// Frames of the window for the shared info page (the first) and for grants (the others): one large
-/// page of the page tables.
+/// Frames of the window for the shared info page (the first), our grant table (the second) and pages that others grant
+/// us: one large page of the page tables.
 const WINDOW_FRAMES: u64 = 512;
 const WINDOW_BYTES: u64 = WINDOW_FRAMES * PAGE_SIZE;
 
@@ -38,7 +44,13 @@ const WINDOW_BYTES: u64 = WINDOW_FRAMES * PAGE_SIZE;
 const LOOKS: u32 = 64;
 
 /// Event channels that are no frontend's.
-const OWN_PORTS: usize = 2;
+const OWN_PORTS: usize = 3;
+
+/// How long the answer of dom0 is looked for before sleeping: 200 microseconds.
+const LOOK: Nanos = 200_000;
+
+/// dom0, which the channel for delegated operations is for.
+const DOM0: DomId = 0;
 
 /// Everything Xen gave this domain.
 pub struct Machine {
@@ -52,7 +64,10 @@ pub struct Machine {
     /// One clone an open frontend channel.
     channels: Rc<()>,
     ecam: Vec<EcamWindow>,
-    physdev: Hypercalls,
+    physdev: RoutedPhysdev<Hypercalls, Dom0Line>,
+    dom0: Shared<Dom0Line>,
+    /// Grant reference and our port of the channel to dom0.
+    channel: (u32, Port),
 }
 
 impl Machine {
@@ -67,8 +82,13 @@ impl Machine {
         // SAFETY: mapped just now, and for good.
         let shared = unsafe { Page::new(window as *mut u8) };
         let pending = Pending::new(shared);
+        let table = window + PAGE_SIZE;
+        // SAFETY: the second frame of the window, which nothing else is at.
+        must(unsafe { xen_memory::map_grant_table(table / PAGE_SIZE) }, "XENMEM_add_to_physmap(grant_table)");
+        // SAFETY: mapped just now, and for good.
+        let mut table = OwnTable::new(unsafe { Page::new(table as *mut u8) });
         // SAFETY: the rest of the window is free and mapped one to one.
-        let grants = unsafe { Window::new(window + PAGE_SIZE, WINDOW_FRAMES - 1) };
+        let grants = unsafe { Window::new(window + 2 * PAGE_SIZE, WINDOW_FRAMES - 2) };
 
         let console = ring(&mut space, Param::ConsolePfn, "console");
         let console_port = port(Param::ConsoleEvtchn, "console");
@@ -77,7 +97,9 @@ impl Machine {
         let page = ring(&mut space, Param::StorePfn, "xenstore");
         let store_port = port(Param::StoreEvtchn, "xenstore");
         let store = XenStore(Client::new(page, StoreTransport { port: store_port, pending, shared }));
-        let physdev = Hypercalls { shared };
+        let (line, channel) = channel(&mut table, pending, shared);
+        let dom0 = Rc::new(RefCell::new(Delegate::new(line)));
+        let physdev = RoutedPhysdev::new(Hypercalls { shared }, dom0.clone());
         Machine {
             space,
             shared,
@@ -89,6 +111,8 @@ impl Machine {
             channels: Rc::new(()),
             ecam: config.ecam.clone(),
             physdev,
+            dom0,
+            channel,
         }
     }
 
@@ -114,9 +138,14 @@ impl Machine {
         }
     }
 
-    /// The event channels that are no frontend's: xenstore and console.
+    /// The event channels that are no frontend's: xenstore, console, and the channel to dom0.
     pub fn own_ports(&self) -> [Port; OWN_PORTS] {
-        [self.store_port, self.console_port]
+        [self.store_port, self.console_port, self.channel.1]
+    }
+
+    /// How dom0 finds its channel: the grant reference of the page, and the event channel's port.
+    pub fn channel(&self) -> (u32, Port) {
+        self.channel
     }
 
     /// The xenstore client with all it can do.
@@ -156,19 +185,35 @@ fn ring(space: &mut AddressSpace, param: Param, what: &str) -> Page {
     unsafe { Page::new(address as *mut u8) }
 }
 
+/// Our end of the channel to dom0, and how dom0 finds it.
+fn channel(table: &mut OwnTable, pending: Pending, shared: Page) -> (Dom0Line, (u32, Port)) {
+    let port = must(BoundPort::unbound(DOM0), "EVTCHNOP_alloc_unbound");
+    let number = port.port();
+    let layout = must(Layout::from_size_align(PAGE_SIZE as usize, PAGE_SIZE as usize), "the channel's page");
+    // SAFETY: the layout is not empty.
+    let memory = unsafe { alloc_zeroed(layout) };
+    if memory.is_null() {
+        fatal::stop(format_args!("no memory for the channel to dom0: give the domain more memory"));
+    }
+    // SAFETY: a page of the heap, mapped one to one, that is never given back and used through this value alone.
+    let server = Server::new(unsafe { Page::new(memory) }, port);
+    let grant = must(table.grant(DOM0, memory as u64 / PAGE_SIZE).ok_or("none is free"), "granting the channel's page");
+    (Dom0Line { server, port: number, pending, shared }, (grant, number))
+}
+
 /// The event channel a parameter names.
 fn port(param: Param, what: &str) -> u32 {
     must(u32::try_from(must(xen_memory::hvm_param(param), what)), what)
 }
 
 impl Platform for Machine {
-    type Config = EcamFrame;
+    type Config = RoutedConfig<EcamFrame, Dom0Line>;
     type Page = GrantedPage;
     type Channel = BoundChannel;
     type Store = XenStore;
-    type Physdev = Hypercalls;
+    type Physdev = RoutedPhysdev<Hypercalls, Dom0Line>;
 
-    fn physdev(&mut self) -> &mut Hypercalls {
+    fn physdev(&mut self) -> &mut Self::Physdev {
         &mut self.physdev
     }
 
@@ -176,7 +221,7 @@ impl Platform for Machine {
         &mut self.store
     }
 
-    fn open_config(&mut self, sbdf: Sbdf) -> Result<EcamFrame, String> {
+    fn open_config(&mut self, sbdf: Sbdf) -> Result<Self::Config, String> {
         let frame = self
             .ecam
             .iter()
@@ -189,7 +234,8 @@ impl Platform for Machine {
         })?;
         // SAFETY: mapped just now, and for good. Xen lets this domain reach the frame only if its xl
         // config says so; otherwise reads answer all ones.
-        Ok(EcamFrame { page: unsafe { Page::new(address as *mut u8) }, writable: false })
+        let frame = EcamFrame { page: unsafe { Page::new(address as *mut u8) }, writable: false };
+        Ok(RoutedConfig::new(frame, sbdf, self.dom0.clone()))
     }
 
     fn map_page(&mut self, frontend: DomId, grant_ref: u32) -> Result<GrantedPage, ConnectError> {
@@ -211,6 +257,53 @@ impl Platform for Machine {
         BoundPort::interdomain(frontend, remote_port)
             .map(|port| BoundChannel { port, _open: self.channels.clone() })
             .map_err(|errno| ConnectError { call: "EVTCHNOP_bind_interdomain", code: -errno.0 })
+    }
+
+    fn now(&self) -> Nanos {
+        clock::now(self.shared)
+    }
+
+    fn poll_dom0(&mut self) -> Result<u32, Down> {
+        let mut dom0 = self.dom0.borrow_mut();
+        if self.pending.take(self.channel.1) | dom0.has_news() {
+            dom0.poll();
+        }
+        dom0.session()
+    }
+}
+
+/// The channel to dom0.
+pub struct Dom0Line {
+    server: Server<BoundPort>,
+    port: Port,
+    pending: Pending,
+    shared: Page,
+}
+
+impl Line for Dom0Line {
+    fn is_connected(&self) -> bool {
+        self.server.is_connected()
+    }
+
+    fn send(&mut self, request: &[u8; REQUEST]) -> bool {
+        self.server.send(request)
+    }
+
+    fn receive(&mut self, answer: &mut [u8; ANSWER]) -> bool {
+        self.server.receive(answer)
+    }
+
+    fn wait(&mut self, deadline: Nanos) {
+        // The answer usually comes soon, and to be woken costs more than to look.
+        let end = self.now().saturating_add(LOOK).min(deadline);
+        while !self.pending.is_set(self.port) && self.now() < end {
+            (0..LOOKS).for_each(|_| core::hint::spin_loop());
+        }
+        if !self.pending.take(self.port) {
+            // An error leaves a busy loop, which the deadline ends.
+            let _ = sched::poll(&[self.port], Some(deadline));
+            self.pending.take(self.port);
+        }
     }
 
     fn now(&self) -> Nanos {
@@ -258,7 +351,7 @@ impl ConfigSpace for EcamFrame {
         self.writable
     }
 
-    fn allow_writes(&mut self) {
+    fn allow_writes(&mut self, _: Way) {
         self.writable = true;
     }
 }
@@ -298,7 +391,7 @@ impl Physdev for Hypercalls {
         physdev::map(guest, function(sbdf), vector).map_err(refusal)
     }
 
-    fn unmap(&mut self, guest: DomId, pirq: Pirq) -> Result<(), PhysdevError> {
+    fn unmap(&mut self, guest: DomId, _: Sbdf, pirq: Pirq) -> Result<(), PhysdevError> {
         physdev::unmap(guest, pirq).map_err(refusal)
     }
 

@@ -41,7 +41,7 @@ pub fn run(machine: Machine, config: Config, complaints: Vec<Complaint>, entry: 
         // Frontends first: what they need is looked at in as few pages as can be.
         let mut busy = backend.serve(Machine::take_pending);
 
-        let [store_port, console_port] = backend.platform_mut().own_ports();
+        let [store_port, console_port, channel_port] = backend.platform_mut().own_ports();
         if backend.platform_mut().take_pending(store_port) | backend.platform_mut().client().may_have_events() {
             busy = true;
             store_events(&mut backend, sleeps);
@@ -53,7 +53,7 @@ pub fn run(machine: Machine, config: Config, complaints: Vec<Complaint>, entry: 
 
         ports.clear();
         ports.extend(backend.ports());
-        ports.extend([store_port, console_port]);
+        ports.extend([store_port, console_port, channel_port]);
         let deadline = backend.next_deadline();
         if !busy {
             sleeps += u64::from(wait(backend.platform_mut(), &ports, &mut poll, deadline));
@@ -100,9 +100,13 @@ fn publish_start(backend: &mut Backend<Machine>, entry: u64) {
     let cpu = memory::cpu_time().unwrap_or(0).saturating_sub(entry) / 1000;
     let (used, free) = crate::memory::heap_usage();
     log::info!("ready after {cpu} us of CPU; heap: {} KiB used, {} KiB free", used / 1024, free / 1024);
+    let (grant, port) = backend.platform_mut().channel();
     write_all(
         backend.platform_mut(),
         [
+            // dom0's tool connects when it sees the second.
+            ("data/pciback/channel/event-channel", port.to_string()),
+            ("data/pciback/channel/ring-ref", grant.to_string()),
             ("control/feature-poweroff", "1".to_string()),
             ("control/feature-reboot", "1".to_string()),
             ("data/pciback/ready-cpu-us", cpu.to_string()),

@@ -5,9 +5,11 @@ use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
-use crate::cmdline::{Complaint, Config};
+use crate::cmdline::{Complaint, Config, Mode};
+use crate::delegate::Down;
 use crate::device::{Device, State};
 use crate::frontend::{Context, Frontend, Verdict};
+use crate::handover::Reach;
 use crate::interrupts::Kind;
 use crate::mode::{self, InForce};
 use crate::nodes::{self, BACKEND, Link, PUBLISHED};
@@ -48,7 +50,10 @@ impl Published {
 /// The backend over a machine.
 pub struct Backend<P: Platform> {
     platform: P,
+    wish: Mode,
     mode: InForce,
+    /// dom0's session, as far as it was acted on.
+    session: Result<u32, Down>,
     complaints: Vec<Complaint>,
     devices: Vec<Device<P::Config>>,
     published: Vec<Option<Published>>,
@@ -80,7 +85,9 @@ impl<P: Platform> Backend<P> {
         let published = devices.iter().map(|_| None).collect();
         Backend {
             platform,
+            wish: config.mode,
             mode,
+            session: Err(Down::Nobody),
             complaints,
             devices,
             published,
@@ -131,10 +138,20 @@ impl<P: Platform> Backend<P> {
             ("version", env!("CARGO_PKG_VERSION")),
             ("mode", self.mode.word()),
             ("mode-why", self.mode.why.as_str()),
+            ("serve", self.serving()),
             ("complaints", complaints.as_str()),
             ("state", "ready"),
         ];
         self.introduced = self.publish(&nodes.map(|(node, value)| (format!("{PUBLISHED}/{node}"), value.to_string())));
+    }
+
+    /// Whether dom0's tool takes part, as it is published.
+    fn serving(&self) -> &'static str {
+        match (self.mode.reach, self.session) {
+            (Some(Reach::Direct), _) => "not needed",
+            (_, Ok(_)) => "connected",
+            (_, Err(_)) => "not connected",
+        }
     }
 
     /// A xenstore watch fired.
@@ -164,6 +181,11 @@ impl<P: Platform> Backend<P> {
     /// `take` consumes a port's pending bit. True if any was served.
     pub fn serve(&mut self, take: impl Fn(&P, Port) -> bool) -> bool {
         let mut busy = false;
+        let session = self.platform.poll_dom0();
+        if session != self.session {
+            busy = true;
+            self.dom0_changed(session);
+        }
         if let Some(due) = self.retry
             && self.platform.now() >= due
         {
@@ -209,6 +231,45 @@ impl<P: Platform> Backend<P> {
             self.publish_devices();
         }
         busy
+    }
+
+    /// dom0's tool has come, has gone, or has begun anew.
+    fn dom0_changed(&mut self, session: Result<u32, Down>) {
+        self.session = session;
+        let Backend { platform, devices, wish, mode, .. } = self;
+        let now = platform.now();
+        let former = mode.reach;
+        match session {
+            Ok(_) => {
+                // If it goes on the way, the next look tells.
+                let _ = mode::engage(*wish, mode, devices, platform.physdev(), now);
+                log::info!("xl-pciback serve is connected; mode {}: {}", mode.word(), mode.why);
+            }
+            Err(why) if mode.reach.is_some_and(Reach::needs_dom0) => log::warn!(
+                "xl-pciback serve {}: guests' writes are refused and hand-overs wait until it is back; reads and \
+                 interrupts go on",
+                gone(why)
+            ),
+            Err(why) => log::warn!("xl-pciback serve {}", gone(why)),
+        }
+        if former != self.mode.reach {
+            // How a function is reset may be another way now.
+            self.published.fill(None);
+        }
+        self.note_due();
+        self.publish_devices();
+        self.introduce();
+    }
+
+    /// Takes control of functions that guests had without dom0 and have given back.
+    fn take_control(&mut self) {
+        let Some(reach) = self.mode.reach.filter(|reach| reach.needs_dom0() && self.session.is_ok()) else { return };
+        let now = self.platform.now();
+        for device in &mut self.devices {
+            if mode::take(reach, device, self.platform.physdev(), now).is_err() {
+                break;
+            }
+        }
     }
 
     /// Does what is due of the hand-overs, and for the frontends that waited for one to end.
@@ -353,6 +414,7 @@ impl<P: Platform> Backend<P> {
             Verdict::Gone => drop(frontends.remove(&link)),
             Verdict::Failed(_) => self.failed(),
         }
+        self.take_control();
         self.note_due();
         self.publish_devices();
         verdict
@@ -494,6 +556,20 @@ fn announce<C: ConfigSpace>(device: &Device<C>) {
              cannot write while Xen protects the table",
             entry.sbdf
         );
+    }
+}
+
+/// Why dom0 takes no part.
+fn gone(why: Down) -> alloc::borrow::Cow<'static, str> {
+    match why {
+        Down::Nobody => "has gone".into(),
+        Down::Silent => "does not answer".into(),
+        Down::Restarted => "has begun anew".into(),
+        Down::Version(version) => format!(
+            "speaks version {version} of the protocol, this image version {}: use image and tool of the same version",
+            crate::delegate::message::VERSION
+        )
+        .into(),
     }
 }
 

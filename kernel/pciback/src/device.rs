@@ -10,11 +10,11 @@ use alloc::string::{String, ToString};
 use crate::cmdline::DeviceConfig;
 use crate::config::registers::{command, offset};
 use crate::config::{GuestView, VirtualConfig};
-use crate::handover::{self, HandOver, Image, Method, Progress, Reach, Subject};
+use crate::handover::{self, Doubt, HandOver, Image, Method, Progress, Reach, Subject};
 use crate::interrupts::{Interrupts, Means};
 use crate::msix_state::{Clean, Dirty};
 use crate::physdev::{Physdev, PhysdevError};
-use crate::platform::{ConfigSpace, DomId, Nanos, Width};
+use crate::platform::{ConfigSpace, DomId, Nanos, Way, Width};
 use crate::sbdf::Sbdf;
 
 /// How long a function needs to come back from D3hot (PCI Power Management 1.2, 5.6.1), and how often it is looked
@@ -22,6 +22,10 @@ use crate::sbdf::Sbdf;
 const WAKE_PAUSE: Nanos = 10_000_000;
 /// How long its guest may take to turn memory decode on again: 2 seconds.
 const WAKE: Nanos = 2_000_000_000;
+
+/// Why nothing can be done to a function.
+const UNREACHABLE: &str = "xl-pciback serve in dom0, which carries this domain's writes out, is not connected: start it, \
+                           then try again";
 
 /// A function's hardware access, the virtual configuration space over it, and its interrupts.
 #[derive(Debug)]
@@ -195,10 +199,12 @@ impl<C: ConfigSpace> Device<C> {
     /// mapped (`busy`), as the function must not be touched then.
     pub fn control<P: Physdev>(&mut self, reach: Reach, busy: Option<Dirty>, physdev: &mut P, now: Nanos) {
         let Some(function) = self.function.as_mut() else { return };
-        if reach == Reach::Direct {
-            function.hardware.allow_writes();
+        match reach {
+            Reach::Direct => function.hardware.allow_writes(Way::Frame),
+            Reach::Delegated => function.hardware.allow_writes(Way::Dom0),
+            Reach::Split | Reach::Hardware => {}
         }
-        match Method::choose(&function.hardware, &function.config, self.entry.reset) {
+        match Method::choose(&function.hardware, &function.config, self.entry.reset, reach) {
             Ok(Method::Dom0 | Method::Nothing)
                 if self.entry.strict && self.entry.reset != crate::cmdline::Reset::Bus =>
             {
@@ -210,10 +216,10 @@ impl<C: ConfigSpace> Device<C> {
             Ok(method) => {
                 let image = Image::take(&function.hardware, &function.config);
                 function.control = Some(Control { image, proven: false, doubted: false, method, reach });
-                let direct = reach == Reach::Direct;
-                function.interrupts.offer(direct && self.entry.msi, direct && self.entry.msix);
+                let full = reach.has_physdev();
+                function.interrupts.offer(full && self.entry.msi, full && self.entry.msix);
                 match busy {
-                    None if direct => self.begin(physdev, now),
+                    None if matches!(reach, Reach::Direct | Reach::Delegated) => self.begin(physdev, now),
                     // A wrong mode= would end the domain with the first write. dom0's tool looks at Xen's command line
                     // before it lists a function for a guest.
                     None => self.untouched = true,
@@ -227,17 +233,65 @@ impl<C: ConfigSpace> Device<C> {
     /// dom0 wants the function handed over, or given to a guest: what was put off at the start is done now.
     pub fn first_use<P: Physdev>(&mut self, physdev: &mut P, now: Nanos) {
         if core::mem::take(&mut self.untouched) {
-            if let Some(function) = self.function.as_mut() {
-                function.hardware.allow_writes();
+            if let Some(Function { hardware, interrupts, control: Some(control), .. }) = self.function.as_mut() {
+                let split = control.reach == Reach::Split;
+                hardware.allow_writes(if split { Way::Split(interrupts.controls()) } else { Way::Frame });
             }
             self.begin(physdev, now);
         }
+    }
+
+    /// Whether this domain could take control of the function now: it is known, and nobody has it.
+    pub fn is_uncontrolled(&self) -> bool {
+        self.state == State::Ready && self.function.as_ref().is_some_and(|function| function.control.is_none())
+    }
+
+    /// Whether dom0 could take part with the function and does not: it came after the function was taken, and nobody
+    /// has the function now.
+    pub fn lacks_dom0(&self) -> bool {
+        let control = self.function.as_ref().and_then(|function| function.control.as_ref());
+        self.state == State::Ready && control.is_some_and(|control| control.reach == Reach::Hardware)
+    }
+
+    /// Whether something waits for dom0 to be connected.
+    fn is_stalled<P: Physdev>(&self, physdev: &P) -> bool {
+        let control = self.function.as_ref().and_then(|function| function.control.as_ref());
+        control.is_some_and(|control| control.reach.needs_dom0()) && !physdev.is_connected()
+    }
+
+    /// dom0 is connected again: it learns what is mapped, what could not be done without it is done, and a hand-over
+    /// begins anew, as nobody knows how far it had come.
+    ///
+    /// # Errors
+    /// What dom0 answered.
+    pub fn reconnected<P: Physdev>(&mut self, physdev: &mut P, now: Nanos) -> Result<(), PhysdevError> {
+        let sbdf = self.entry.sbdf;
+        let Some(function) = self.function.as_mut() else { return Ok(()) };
+        function.interrupts.settle(physdev, sbdf)?;
+        let Function { hardware, config, interrupts, control } = function;
+        if control.as_ref().is_none_or(|control| !control.reach.needs_dom0()) {
+            return Ok(());
+        }
+        let line = config.wants_line();
+        interrupts.finish(&mut Means { hardware, physdev, sbdf, line });
+        if self.handover.take().is_some() {
+            self.begin(physdev, now);
+        }
+        Ok(())
     }
 
     /// Whether the function is known and broken, and this domain has no control of it.
     pub fn is_refused(&self) -> bool {
         matches!(self.state, State::Broken(_))
             && self.function.as_ref().is_some_and(|function| function.control.is_none())
+    }
+
+    /// Says that the function can't be used, unless a guest uses it or it is known to be broken.
+    pub fn refuse_unless_used(&mut self, why: String) {
+        if matches!(self.state, State::Ready | State::Resetting) {
+            self.handover = None;
+            self.refuse(why);
+        }
     }
 
     /// Says that the function can't be used.
@@ -278,7 +332,10 @@ impl<C: ConfigSpace> Device<C> {
 
     /// When [`Device::advance`] is to be called.
     pub fn due(&self) -> Option<Nanos> {
-        self.handover.map(|handover| handover.due()).or(self.waking.map(|(due, _)| due))
+        match &self.handover {
+            Some(handover) => handover.due(),
+            None => self.waking.map(|(due, _)| due),
+        }
     }
 
     /// The guest has woken the function from D3hot. Xen's vectors are gone from it then, and only Xen can put them
@@ -318,11 +375,15 @@ impl<C: ConfigSpace> Device<C> {
             State::Broken(reason) => return Err(reason.clone()),
         }
         // What does not answer says nothing true of its MSI-X state either.
+        if self.is_stalled(physdev) {
+            return Err(UNREACHABLE.to_string());
+        }
         let function = self.function.as_ref().ok_or("it was never seized")?;
         function.config.check_ids(&function.hardware).map_err(|refusal| refusal.to_string())?;
         match self.subject(physdev).map(|mut subject| handover::check(&mut subject)) {
             None | Some(Ok(Clean::Already)) => {}
             Some(Ok(Clean::Reset)) => self.found_stale(),
+            Some(Err(_)) if self.is_stalled(physdev) => return Err(UNREACHABLE.to_string()),
             Some(Err(dirty)) => {
                 self.state = State::Broken(dirty.to_string());
                 return Err(dirty.to_string());
@@ -353,6 +414,9 @@ impl<C: ConfigSpace> Device<C> {
     pub fn retry<P: Physdev>(&mut self, physdev: &mut P, now: Nanos) {
         self.first_use(physdev, now);
         let State::Broken(_) = self.state else { return };
+        if self.is_stalled(physdev) {
+            return;
+        }
         let sbdf = self.entry.sbdf;
         let Some(Function { hardware, config, interrupts, control: Some(control) }) = self.function.as_mut() else {
             return;
@@ -363,13 +427,13 @@ impl<C: ConfigSpace> Device<C> {
         }
         let free = match control.reach {
             // MSI that is on in a function which this domain has had is its own, and goes off.
-            Reach::Direct if control.proven => interrupts.take(physdev, sbdf),
-            Reach::Direct => interrupts.check_msi(hardware).and_then(|()| match interrupts.msix() {
+            Reach::Hardware => Ok(()),
+            _ if control.proven => interrupts.take(physdev, sbdf),
+            _ => interrupts.check_msi(hardware).and_then(|()| match interrupts.msix() {
                 Some(_) => interrupts.take(physdev, sbdf),
                 None if physdev.restore_msi(sbdf) == Err(PhysdevError::Busy) => Err(Dirty::Dom0s),
                 None => Ok(()),
             }),
-            Reach::Hardware => Ok(()),
         };
         match free {
             // The hand-over may turn memory decode on.
@@ -380,6 +444,7 @@ impl<C: ConfigSpace> Device<C> {
                 }
                 self.begin(physdev, now);
             }
+            Err(_) if self.is_stalled(physdev) => {}
             // As long as it is not known that no guest's vectors are mapped, the function must not be touched.
             Err(dirty) => self.state = State::Broken(dirty.to_string()),
         }
@@ -393,6 +458,12 @@ impl<C: ConfigSpace> Device<C> {
         };
         let Some(mut subject) = self.subject(physdev) else { return false };
         let progress = handover.advance(&mut subject, now);
+        if !matches!(progress, Progress::Ready(_)) && self.is_stalled(physdev) {
+            // It begins anew with the next session.
+            handover.park();
+            self.handover = Some(handover);
+            return false;
+        }
         match progress {
             Progress::Until(_) => {
                 self.handover = Some(handover);
@@ -406,16 +477,27 @@ impl<C: ConfigSpace> Device<C> {
                 self.state = State::Ready;
                 if let Some(control) = self.function.as_mut().and_then(|function| function.control.as_mut()) {
                     control.proven = true;
-                    if handover.is_unreset() {
-                        let doubt = format!(
-                            "its reset ({}) changes nothing: it has kept its addresses, so what a guest started in it may \
-                             go on with the next",
-                            control.method.word()
-                        );
+                    if let Some(doubt) = handover.doubt() {
+                        let (doubt, remedy) = match doubt {
+                            Doubt::KeptAddresses => (
+                                format!(
+                                    "its reset ({}) changes nothing: it has kept its addresses, so what a guest started in \
+                                     it may go on with the next",
+                                    control.method.word()
+                                ),
+                                "reset=bus",
+                            ),
+                            Doubt::NotDone(error) => (
+                                format!(
+                                    "dom0 does not reset it: {error}, so what a guest started in it may go on with the next"
+                                ),
+                                "another reset=",
+                            ),
+                        };
                         if self.entry.strict {
-                            self.state = State::Broken(format!("{doubt}; say reset=bus, or take strict out"));
+                            self.state = State::Broken(format!("{doubt}; say {remedy}, or take strict out"));
                         } else if !core::mem::replace(&mut control.doubted, true) {
-                            log::warn!("{}: {doubt}; reset=bus may help", self.entry.sbdf);
+                            log::warn!("{}: {doubt}; {remedy} may help", self.entry.sbdf);
                         }
                     }
                 }

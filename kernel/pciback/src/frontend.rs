@@ -204,8 +204,8 @@ impl<P: Platform> Frontend<P> {
                  as all such writes will be (permissive would let them pass){suffix}"
             ),
             Notice::WritesOff(_) => log::warn!(
-                "{sbdf}: domain {guest} wrote {value:#x} ({size} bytes) to {offset:#x}, but writes are off on this \
-                 host: refused{suffix}"
+                "{sbdf}: domain {guest} wrote {value:#x} ({size} bytes) to {offset:#x}, but nothing can be \
+                 written now (see the mode): refused{suffix}"
             ),
             Notice::Denied(_) => log::info!(
                 "{sbdf}: domain {guest} wrote {value:#x} ({size} bytes) to {offset:#x}, which is the backend's own to \

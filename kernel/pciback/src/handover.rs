@@ -12,9 +12,9 @@
 //!    |
 //!  Drain  -- until no transaction is pending, or the time is over
 //!    |
-//!  reset: PCIe FLR, AF FLR, or D3hot and back
+//!  reset: PCIe FLR, AF FLR, D3hot and back, or by dom0 on request
 //!    |
-//!  Asleep, Settle -- the time the specification gives the function
+//!  Asleep, Bus, Settle -- the time the specification gives the function
 //!    |
 //!  Answer -- until it answers again, or the time is over: broken
 //!    |
@@ -55,6 +55,10 @@ const FLR: Nanos = 100 * MS;
 const POWER: Nanos = 10 * MS;
 /// How long a function may answer nothing, or "retry", after a reset. Drives take long; Linux waits as long.
 const ANSWER: Nanos = 60_000 * MS;
+/// How long dom0's kernel may take for a reset; resets of its own wait as long for an answer.
+const BUS: Nanos = 70_000 * MS;
+/// How often dom0 is asked whether it is done.
+const BUS_PAUSE: Nanos = 50 * MS;
 /// The longest pause between two looks whether it answers; the first is 1 ms and each is twice the one before.
 const ANSWER_PAUSE: Nanos = 128 * MS;
 
@@ -67,7 +71,9 @@ pub enum Method {
     Af(u16),
     /// D3hot and back; the offset of PMCSR.
     Pm(u16),
-    /// It has none of its own: dom0's tool does what dom0's kernel can.
+    /// It has none of its own, or a bus reset is wished: dom0's kernel does it when this domain asks.
+    Bus,
+    /// The same where dom0 cannot be asked: its tool does what its kernel can before it attaches the function.
     Dom0,
     /// None, by wish.
     Nothing,
@@ -80,6 +86,7 @@ impl Method {
             Method::Flr(_) => "flr",
             Method::Af(_) => "af",
             Method::Pm(_) => "pm",
+            Method::Bus => "bus",
             Method::Dom0 => "dom0",
             Method::Nothing => "none",
         }
@@ -89,7 +96,13 @@ impl Method {
     ///
     /// # Errors
     /// A sentence, if the function lacks what is wished.
-    pub fn choose<C: ConfigSpace>(hardware: &C, config: &VirtualConfig, wish: Reset) -> Result<Method, String> {
+    pub fn choose<C: ConfigSpace>(
+        hardware: &C,
+        config: &VirtualConfig,
+        wish: Reset,
+        reach: Reach,
+    ) -> Result<Method, String> {
+        let dom0 = if reach.needs_dom0() { Method::Bus } else { Method::Dom0 };
         let flr = config.capability(capability::EXPRESS).filter(|at| {
             let register = at + express::DEVICE_CAPABILITIES;
             register + 4 <= EXTENDED && hardware.read(register, Width::Dword) & express::FUNCTION_RESET != 0
@@ -103,11 +116,11 @@ impl Method {
         let (flr, af, pm) = (flr.map(Method::Flr), af.map(Method::Af), pm.map(Method::Pm));
         let lacks = |name: &str| format!("reset={name}: the function has no such reset; reset=auto takes what it has");
         match wish {
-            Reset::Auto => Ok(flr.or(af).or(pm).unwrap_or(Method::Dom0)),
+            Reset::Auto => Ok(flr.or(af).or(pm).unwrap_or(dom0)),
             Reset::Flr => flr.ok_or_else(|| lacks("flr")),
             Reset::Af => af.ok_or_else(|| lacks("af")),
             Reset::Pm => pm.ok_or_else(|| lacks("pm")),
-            Reset::Bus => Ok(Method::Dom0),
+            Reset::Bus => Ok(dom0),
             Reset::None => Ok(Method::Nothing),
         }
     }
@@ -260,6 +273,8 @@ enum Step {
     Drain { until: Nanos },
     /// In D3hot.
     Asleep,
+    /// dom0 resets it; given up at this time.
+    Bus { until: Nanos },
     /// The reset has been done, and the function must not be touched yet.
     Settle,
     /// It may answer with nothing yet; given up at this time.
@@ -284,8 +299,33 @@ pub enum Progress {
 pub enum Reach {
     /// Xen sees our writes and takes our hypercalls.
     Direct,
-    /// Our writes go past Xen.
+    /// dom0 writes and makes the hypercalls.
+    Delegated,
+    /// Our writes go past Xen, but for those of Message Control, which dom0 makes, and the hypercalls.
+    Split,
+    /// Our writes go past Xen, and there are no hypercalls.
     Hardware,
+}
+
+impl Reach {
+    /// Whether Xen's MSI-X state can be looked at and interrupts can be mapped.
+    pub const fn has_physdev(self) -> bool {
+        !matches!(self, Reach::Hardware)
+    }
+
+    /// Whether dom0 takes part.
+    pub const fn needs_dom0(self) -> bool {
+        matches!(self, Reach::Delegated | Reach::Split)
+    }
+}
+
+/// Why a reset cannot be trusted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Doubt {
+    /// The function has kept its addresses.
+    KeptAddresses,
+    /// dom0 did not reset it.
+    NotDone(PhysdevError),
 }
 
 /// What a hand-over works on.
@@ -313,7 +353,7 @@ pub struct Subject<'a, C, P> {
 pub struct HandOver {
     step: Step,
     due: Nanos,
-    unreset: bool,
+    doubt: Option<Doubt>,
 }
 
 impl HandOver {
@@ -322,19 +362,24 @@ impl HandOver {
         subject.config.detach(subject.hardware);
         if let Some(at) = asleep(subject.hardware, subject.config) {
             set_power(subject.hardware, at, 0);
-            return HandOver { step: Step::Wake, due: now.saturating_add(POWER), unreset: false };
+            return HandOver { step: Step::Wake, due: now.saturating_add(POWER), doubt: None };
         }
-        HandOver { step: silence(subject, now), due: now, unreset: false }
+        HandOver { step: silence(subject, now), due: now, doubt: None }
     }
 
-    /// When [`HandOver::advance`] is to be called.
-    pub fn due(&self) -> Nanos {
-        self.due
+    /// When [`HandOver::advance`] is to be called; `None` if something else brings it on.
+    pub fn due(&self) -> Option<Nanos> {
+        (self.due != Nanos::MAX).then_some(self.due)
     }
 
-    /// Whether the function's own reset was done and has changed nothing: its former guest's work may go on in it.
-    pub fn is_unreset(&self) -> bool {
-        self.unreset
+    /// Nothing is due until somebody begins it anew.
+    pub fn park(&mut self) {
+        self.due = Nanos::MAX;
+    }
+
+    /// Why the reset that was asked for may not have been one: its former guest's work may go on in the function then.
+    pub fn doubt(&self) -> Option<Doubt> {
+        self.doubt
     }
 
     /// Does what is due, up to the next wait.
@@ -357,7 +402,7 @@ impl HandOver {
                 self.step = silence(subject, now);
                 self.step(subject, now)
             }
-            Step::Unmap { until } => match subject.interrupts.unmap(subject.physdev) {
+            Step::Unmap { until } => match subject.interrupts.unmap(subject.physdev, subject.sbdf) {
                 None if subject.interrupts.is_settled(subject.hardware, subject.physdev, subject.sbdf) => {
                     self.drain(subject, now, now.saturating_add(DRAIN))
                 }
@@ -378,6 +423,7 @@ impl HandOver {
                 self.step = Step::Settle;
                 Progress::Until(now.saturating_add(POWER))
             }
+            Step::Bus { until } => self.wait_for_dom0(subject, now, until),
             Step::Settle => self.answer(subject, now, now.saturating_add(ANSWER), MS),
             Step::Answer { until, pause } => self.answer(subject, now, until, pause),
             Step::Check { until } => self.check(subject, now, until),
@@ -395,7 +441,7 @@ impl HandOver {
         let pending = match *method {
             Method::Flr(at) => hardware.read(at + express::DEVICE_STATUS, Width::Word) as u16 & express::PENDING != 0,
             Method::Af(at) => hardware.read(at + advanced::STATUS, Width::Byte) as u8 & advanced::PENDING != 0,
-            Method::Pm(_) | Method::Dom0 | Method::Nothing => false,
+            Method::Pm(_) | Method::Bus | Method::Dom0 | Method::Nothing => false,
         };
         if pending && now < until {
             self.step = Step::Drain { until };
@@ -423,10 +469,41 @@ impl HandOver {
                 self.step = Step::Asleep;
                 return Progress::Until(now.saturating_add(POWER));
             }
+            Method::Bus => return self.ask_dom0(subject, now),
             Method::Dom0 | Method::Nothing => 0,
         };
         self.step = Step::Settle;
         if settle == 0 { self.step(subject, now) } else { Progress::Until(now.saturating_add(settle)) }
+    }
+
+    /// Has dom0 reset it.
+    fn ask_dom0<C: ConfigSpace, P: Physdev>(&mut self, subject: &mut Subject<'_, C, P>, now: Nanos) -> Progress {
+        match subject.physdev.reset(subject.sbdf) {
+            // Busy: with an earlier wish for the same.
+            Ok(()) | Err(PhysdevError::Busy) => {
+                self.step = Step::Bus { until: now.saturating_add(BUS) };
+                Progress::Until(now.saturating_add(BUS_PAUSE))
+            }
+            Err(error) => {
+                self.doubt = Some(Doubt::NotDone(error));
+                self.answer(subject, now, now.saturating_add(ANSWER), MS)
+            }
+        }
+    }
+
+    fn wait_for_dom0<C: ConfigSpace, P: Physdev>(
+        &mut self,
+        subject: &mut Subject<'_, C, P>,
+        now: Nanos,
+        until: Nanos,
+    ) -> Progress {
+        match subject.physdev.reset_done(subject.sbdf) {
+            Ok(false) if now < until => return Progress::Until(now.saturating_add(BUS_PAUSE)),
+            Ok(false) => return Progress::Broken(String::from("dom0 does not finish its reset: see dmesg of dom0")),
+            Ok(true) => {}
+            Err(error) => self.doubt = Some(Doubt::NotDone(error)),
+        }
+        self.answer(subject, now, now.saturating_add(ANSWER), MS)
     }
 
     /// Waits for an answer, then restores.
@@ -463,7 +540,9 @@ impl HandOver {
             return Progress::Until(now.saturating_add(POWER));
         }
         let own = matches!(subject.method, Method::Flr(_) | Method::Af(_) | Method::Pm(_));
-        self.unreset = own && subject.image.addresses_kept(subject.hardware);
+        if own && subject.image.addresses_kept(subject.hardware) {
+            self.doubt = Some(Doubt::KeptAddresses);
+        }
         if let Err(why) = subject.image.restore(subject.hardware, subject.sbdf) {
             return Progress::Broken(why);
         }
@@ -494,9 +573,9 @@ impl HandOver {
 /// Why it may not be exposed.
 pub fn check<C: ConfigSpace, P: Physdev>(subject: &mut Subject<'_, C, P>) -> Result<Clean, Dirty> {
     match (subject.reach, subject.interrupts.msix().copied()) {
-        (Reach::Direct, _) => subject.interrupts.clean(subject.hardware, subject.physdev, subject.sbdf),
-        (Reach::Hardware, Some(msix)) => msix_state::clear(subject.hardware, &msix).map(|()| Clean::Already),
-        (Reach::Hardware, None) => Ok(Clean::Already),
+        (reach, _) if reach.has_physdev() => subject.interrupts.clean(subject.hardware, subject.physdev, subject.sbdf),
+        (_, Some(msix)) => msix_state::clear(subject.hardware, &msix).map(|()| Clean::Already),
+        (_, None) => Ok(Clean::Already),
     }
 }
 

@@ -141,6 +141,8 @@ pub struct Interrupts {
     kind: Kind,
     /// Vectors were mapped for a domain that no call finds any more. Xen frees them itself, but later: RCU.
     orphaned: bool,
+    /// What is on is to go off, and dom0 could not be reached for it.
+    unfinished: bool,
     /// Xen's memory was found stale on the way, and has been renewed.
     was_stale: bool,
     /// Who has what is mapped.
@@ -164,6 +166,7 @@ impl Interrupts {
             power: config.power_control(),
             kind: Kind::Line,
             orphaned: false,
+            unfinished: false,
             was_stale: false,
             guest: 0,
             pirqs: Vec::with_capacity(room),
@@ -271,6 +274,11 @@ impl Interrupts {
         !self.pirqs.is_empty()
     }
 
+    /// Offsets of the Message Control registers.
+    pub fn controls(&self) -> [Option<u16>; 2] {
+        [self.msi.map(|msi| msi.control()), self.msix.map(|msix| msix.control())]
+    }
+
     /// The MSI-X capability.
     pub fn msix(&self) -> Option<&Msix> {
         self.msix.as_ref()
@@ -295,6 +303,7 @@ impl Interrupts {
         if count == 0 || count > MAX_MSI {
             return Err(EnableError::BadRequest);
         }
+        self.finish(means);
         // The function counts its vectors in powers of two.
         let count = count.next_power_of_two() as u8;
         if count > msi.vectors {
@@ -347,6 +356,7 @@ impl Interrupts {
         entries: &mut [MsixEntry],
     ) -> Result<(), EnableError> {
         let msix = self.msix.filter(|_| self.offered.1).ok_or(EnableError::NotOffered)?;
+        self.finish(means);
         self.check_msix(&msix, entries)?;
         if table_base == 0 {
             return Err(EnableError::NotNow);
@@ -454,9 +464,13 @@ impl Interrupts {
             }
             _ => {}
         }
-        let left = self.unmap(means.physdev);
+        let left = self.unmap(means.physdev, means.sbdf);
         if let (Kind::Msix, Some(msix)) = (self.kind, self.msix) {
             set_control(means.hardware, msix.control(), 0, msix_control::ENABLE | msix_control::MASKALL);
+        }
+        if self.kind != Kind::Line && !means.physdev.is_connected() {
+            self.unfinished = true;
+            return left;
         }
         if self.kind != Kind::Line {
             set_line(means.hardware, means.line);
@@ -466,11 +480,26 @@ impl Interrupts {
         left
     }
 
+    /// Turns off what could not be turned off when that was due.
+    pub fn finish<C: ConfigSpace, P: Physdev>(&mut self, means: &mut Means<'_, C, P>) {
+        if core::mem::take(&mut self.unfinished) {
+            self.disable(means);
+        }
+    }
+
+    /// Tells dom0 what is mapped, and has it unmap what else is.
+    ///
+    /// # Errors
+    /// What dom0 answered.
+    pub fn settle<P: Physdev>(&self, physdev: &mut P, sbdf: Sbdf) -> Result<(), PhysdevError> {
+        physdev.settle(self.guest, sbdf, &self.pirqs)
+    }
+
     /// Unmaps what is mapped. What Xen refuses stays on record, and the first refusal is returned.
-    pub fn unmap<P: Physdev>(&mut self, physdev: &mut P) -> Option<PhysdevError> {
+    pub fn unmap<P: Physdev>(&mut self, physdev: &mut P, sbdf: Sbdf) -> Option<PhysdevError> {
         let (guest, mut left) = (self.guest, None);
         let orphaned = &mut self.orphaned;
-        self.pirqs.retain(|pirq| match physdev.unmap(guest, *pirq) {
+        self.pirqs.retain(|pirq| match physdev.unmap(guest, sbdf, *pirq) {
             // EINVAL: not mapped any more.
             Ok(()) | Err(PhysdevError::Invalid) => false,
             // ESRCH: the guest is gone, and its pirqs are or will be: see `is_settled`.

@@ -16,6 +16,7 @@ extern crate std;
 pub mod backend;
 pub mod cmdline;
 pub mod config;
+pub mod delegate;
 pub mod device;
 pub mod frontend;
 pub mod handover;

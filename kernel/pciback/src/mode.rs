@@ -3,6 +3,7 @@
 //! On an unmodified Xen a write to an ECAM frame ends the domain, so nothing is tried by writing. Where Xen has
 //! the config-owner change (`boot/xen`), it carries out prepare_msix for a function whose frame the domain was
 //! given; an unmodified Xen answers -ENOSYS, and for a function that is not the domain's the change answers -EPERM.
+//! Where the domain may not, dom0's tool does it, once it is there ([`crate::delegate`]): until then guests read.
 
 use alloc::format;
 use alloc::string::{String, ToString};
@@ -28,7 +29,8 @@ impl InForce {
     pub const fn word(&self) -> &'static str {
         match self.reach {
             Some(Reach::Direct) => "direct",
-            Some(Reach::Hardware) => "mmcfg0",
+            Some(Reach::Delegated) => "delegated",
+            Some(Reach::Split | Reach::Hardware) => "mmcfg0",
             None => "read-only",
         }
     }
@@ -61,8 +63,67 @@ pub fn settle<C: ConfigSpace, P: Physdev>(
     }
 }
 
-/// Takes a function into the mode in force that was not in its place, or refused by Xen, when the mode was settled.
-/// True if there is something new to say of it.
+/// dom0's tool has connected: what only dom0 may do is asked of it from now on, unless this domain may do it itself or
+/// is not to write at all. Functions that a guest has without dom0 stay as they are until it gives them back.
+///
+/// # Errors
+/// [`PhysdevError::NotConnected`]: it has gone again.
+pub fn engage<C: ConfigSpace, P: Physdev>(
+    wish: Mode,
+    force: &mut InForce,
+    devices: &mut [Device<C>],
+    physdev: &mut P,
+    now: Nanos,
+) -> Result<(), PhysdevError> {
+    let reach = match (wish, force.reach) {
+        (Mode::ReadOnly, _) | (_, Some(Reach::Direct)) => return Ok(()),
+        (Mode::Auto, _) => Reach::Delegated,
+        (Mode::Mmcfg0, _) => Reach::Split,
+    };
+    let why = match reach {
+        Reach::Split => {
+            "the command line says that Xen was booted with mmcfg=0, so configuration writes go to the ECAM frames; those \
+             that Xen must see, and the mapping of MSI and MSI-X, are carried out by xl-pciback serve in dom0"
+        }
+        _ => {
+            "Xen lets only dom0 write configuration space and map MSI and MSI-X: xl-pciback serve in dom0 carries that out \
+             for this domain"
+        }
+    };
+    *force = InForce { reach: Some(reach), why: why.to_string() };
+    physdev.use_dom0();
+    for device in devices {
+        match device.reconnected(physdev, now) {
+            Ok(()) => take(reach, device, physdev, now)?,
+            Err(PhysdevError::NotConnected) => return Err(PhysdevError::NotConnected),
+            Err(error) => device.refuse_unless_used(not_listed(error)),
+        }
+    }
+    Ok(())
+}
+
+/// Takes control of a function that nobody has, as far as the mode in force allows and it was not done.
+///
+/// # Errors
+/// [`PhysdevError::NotConnected`].
+pub fn take<C: ConfigSpace, P: Physdev>(
+    reach: Reach,
+    device: &mut Device<C>,
+    physdev: &mut P,
+    now: Nanos,
+) -> Result<(), PhysdevError> {
+    let wanting = device.is_uncontrolled() || device.lacks_dom0();
+    if !reach.needs_dom0() || !wanting {
+        return Ok(());
+    }
+    match ask(reach, device, physdev, now) {
+        Err(PhysdevError::NotConnected) => Err(PhysdevError::NotConnected),
+        _ => Ok(()),
+    }
+}
+
+/// Takes a function into the mode in force that was not in its place, or refused, when the mode was settled. True if
+/// there is something new to say of it.
 pub fn admit<C: ConfigSpace, P: Physdev>(
     reach: Option<Reach>,
     device: &mut Device<C>,
@@ -71,33 +132,44 @@ pub fn admit<C: ConfigSpace, P: Physdev>(
 ) -> bool {
     let known = device.recognise();
     match reach {
-        Some(Reach::Direct) if known || device.is_refused() => {
-            let _ = ask(device, physdev, now);
-            true
-        }
         Some(Reach::Hardware) if known => {
             device.control(Reach::Hardware, None, physdev, now);
+            true
+        }
+        Some(reach) if reach.has_physdev() && (known || device.is_refused()) => {
+            let _ = ask(reach, device, physdev, now);
             true
         }
         _ => known,
     }
 }
 
-/// Asks Xen for a function, and takes control of it or refuses it.
-fn ask<C: ConfigSpace, P: Physdev>(device: &mut Device<C>, physdev: &mut P, now: Nanos) -> Result<(), PhysdevError> {
+fn not_listed(error: PhysdevError) -> String {
+    format!("xl-pciback serve in dom0 answers {error} for it: see its log (journalctl -u xl-pciback)")
+}
+
+/// Asks Xen, or dom0, for a function, and takes control of it or refuses it.
+fn ask<C: ConfigSpace, P: Physdev>(
+    reach: Reach,
+    device: &mut Device<C>,
+    physdev: &mut P,
+    now: Nanos,
+) -> Result<(), PhysdevError> {
     match device.ask(physdev) {
-        Answer::Yes => device.control(Reach::Direct, None, physdev, now),
-        Answer::InUse(dirty) => device.control(Reach::Direct, Some(dirty), physdev, now),
+        Answer::Yes => device.control(reach, None, physdev, now),
+        Answer::InUse(dirty) => device.control(reach, Some(dirty), physdev, now),
         Answer::No(error) => {
             match error {
-                PhysdevError::NotImplemented => {}
+                PhysdevError::NotConnected => {}
+                PhysdevError::NotImplemented if reach == Reach::Direct => {}
+                // What is wrong with one that was not recognised is told already.
+                _ if device.peek().is_none() => {}
+                _ if reach.needs_dom0() => device.refuse(not_listed(error)),
                 // The change is there, and says whose function it is not.
                 PhysdevError::NotPermitted => device.refuse(format!(
                     "Xen answers {error} to physdev calls for it: this domain is not its config owner; add its ECAM \
                      frame to iomem= (xl-pciback config prints it)"
                 )),
-                // What is wrong with one that was not recognised is told already.
-                _ if device.peek().is_none() => {}
                 _ => device.refuse(format!("Xen answers {error} to physdev calls for it; see xl dmesg")),
             }
             return Err(error);
@@ -112,7 +184,7 @@ fn ask_for_all<C: ConfigSpace, P: Physdev>(devices: &mut [Device<C>], physdev: &
     let mut refused = None;
     for device in devices {
         let sbdf = device.entry.sbdf;
-        match ask(device, physdev, now) {
+        match ask(Reach::Direct, device, physdev, now) {
             Ok(()) => {
                 direct.get_or_insert(sbdf);
             }
@@ -140,7 +212,7 @@ fn refusal(sbdf: Sbdf, error: PhysdevError) -> String {
     let (means, remedy) = match error {
         PhysdevError::NotImplemented => (
             "it has no config-owner change, and a configuration write would end this domain",
-            "boot a Xen with the change (boot/xen), or boot Xen with mmcfg=0 and say mode=mmcfg0",
+            "start xl-pciback serve in dom0, which carries them out (or boot a Xen with the change, boot/xen)",
         ),
         PhysdevError::NotPermitted => (
             "it has the config-owner change, and this domain is the config owner of none of its functions",

@@ -45,6 +45,9 @@ pub enum PhysdevError {
     NotPrepared,
     /// EOPNOTSUPP: no interrupt remapping, or MSI is off in Xen.
     NotSupported,
+    /// ENOTCONN: dom0, which is to make the call, is not connected, or did not answer. Whether the call was made is
+    /// not known.
+    NotConnected,
     /// Another error number, positive.
     Other(i32),
 }
@@ -68,6 +71,7 @@ impl PhysdevError {
             38 => PhysdevError::NotImplemented,
             61 => PhysdevError::NotPrepared,
             95 => PhysdevError::NotSupported,
+            107 => PhysdevError::NotConnected,
             other => PhysdevError::Other(other),
         }
     }
@@ -90,6 +94,7 @@ impl PhysdevError {
             PhysdevError::NotImplemented => 38,
             PhysdevError::NotPrepared => 61,
             PhysdevError::NotSupported => 95,
+            PhysdevError::NotConnected => 107,
             PhysdevError::Other(errno) => errno,
         }
     }
@@ -112,6 +117,7 @@ impl PhysdevError {
             PhysdevError::NotImplemented => "ENOSYS",
             PhysdevError::NotPrepared => "ENODATA",
             PhysdevError::NotSupported => "EOPNOTSUPP",
+            PhysdevError::NotConnected => "ENOTCONN",
             PhysdevError::Other(_) => "errno",
         }
     }
@@ -178,10 +184,46 @@ pub trait Physdev {
     /// # Errors
     /// [`PhysdevError::Invalid`] or [`PhysdevError::NoDomain`] if Xen did so before.
     #[doc(alias = "PHYSDEVOP_unmap_pirq")]
-    fn unmap(&mut self, guest: DomId, pirq: Pirq) -> Result<(), PhysdevError>;
+    fn unmap(&mut self, guest: DomId, sbdf: Sbdf, pirq: Pirq) -> Result<(), PhysdevError>;
 
     /// Xen's system time, to bound a row of calls.
     fn now(&self) -> Nanos;
+
+    /// From now on dom0 makes the calls.
+    fn use_dom0(&mut self) {}
+
+    /// Whether whoever makes the calls can be reached. False only while dom0 is to make them and is not connected;
+    /// every call answers [`PhysdevError::NotConnected`] then.
+    fn is_connected(&self) -> bool {
+        true
+    }
+
+    /// Tells dom0 which vectors of the function this domain knows to be mapped for `guest`; it unmaps all others.
+    ///
+    /// # Errors
+    /// What dom0 answers; there is none where this domain makes the calls itself, and nothing to do.
+    fn settle(&mut self, guest: DomId, sbdf: Sbdf, known: &[Pirq]) -> Result<(), PhysdevError> {
+        let _ = (guest, sbdf, known);
+        Ok(())
+    }
+
+    /// Has dom0's kernel start the reset it has for the function.
+    ///
+    /// # Errors
+    /// What dom0 answers; [`PhysdevError::NotImplemented`] where dom0 cannot be asked.
+    fn reset(&mut self, sbdf: Sbdf) -> Result<(), PhysdevError> {
+        let _ = sbdf;
+        Err(PhysdevError::NotImplemented)
+    }
+
+    /// Whether that reset is done.
+    ///
+    /// # Errors
+    /// It failed.
+    fn reset_done(&mut self, sbdf: Sbdf) -> Result<bool, PhysdevError> {
+        let _ = sbdf;
+        Err(PhysdevError::NotImplemented)
+    }
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt;
 
+use crate::delegate::Down;
 use crate::physdev::Physdev;
 use crate::sbdf::Sbdf;
 use crate::wire::{MsixEntry, RawReply, RawRequest};
@@ -60,6 +61,31 @@ impl Width {
     }
 }
 
+/// How writes reach a function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Through its ECAM frame.
+    Frame,
+    /// By dom0.
+    Dom0,
+    /// Through its ECAM frame, which Xen does not watch; those to the Message Control registers of MSI and MSI-X at
+    /// these offsets by dom0, so that Xen sees them.
+    Split([Option<u16>; 2]),
+}
+
+impl Way {
+    /// Whether dom0 makes the write at `offset`.
+    pub fn is_dom0s(self, offset: u16, width: Width) -> bool {
+        match self {
+            Way::Frame => false,
+            Way::Dom0 => true,
+            Way::Split(controls) => {
+                controls.iter().flatten().any(|control| offset < control + 2 && *control < offset + width.bytes())
+            }
+        }
+    }
+}
+
 /// The configuration space refuses a write: this host does not let the domain write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WritesOff;
@@ -77,12 +103,12 @@ pub trait ConfigSpace {
     /// [`WritesOff`] where the host's mode does not allow the write; nothing was written.
     fn write(&mut self, offset: u16, width: Width, value: u32) -> Result<(), WritesOff>;
 
-    /// Whether writes reach the hardware.
+    /// Whether writes reach the hardware now.
     fn writable(&self) -> bool;
 
-    /// Lets writes through from now on. On a Xen that protects the frame a write ends the domain, so this is
-    /// called only once it is known that it does not.
-    fn allow_writes(&mut self);
+    /// Lets writes through from now on, this way. On a Xen that protects the frame a write to it ends the domain, so
+    /// this is called only once it is known that it does not.
+    fn allow_writes(&mut self, way: Way);
 }
 
 /// The page a frontend granted: `struct xen_pci_sharedinfo` of `xen/io/pciif.h`.
@@ -238,4 +264,9 @@ pub trait Platform {
 
     /// Xen's system time now.
     fn now(&self) -> Nanos;
+
+    /// Looks whether dom0 has come or gone: the number of its session, or why there is none.
+    fn poll_dom0(&mut self) -> Result<u32, Down> {
+        Err(Down::Nobody)
+    }
 }

@@ -28,6 +28,11 @@ impl Sbdf {
         Sbdf { segment, bus, devfn }
     }
 
+    /// The function of Xen's packed form; every number is one.
+    pub const fn from_packed(packed: u32) -> Sbdf {
+        Sbdf { segment: (packed >> 16) as u16, bus: (packed >> 8) as u8, devfn: packed as u8 }
+    }
+
     /// PCI segment (domain), 0 to 0xffff.
     pub const fn segment(self) -> u16 {
         self.segment
@@ -131,5 +136,6 @@ mod tests {
         let sbdf: Sbdf = "0002:01:05.3".parse().expect("valid");
         assert_eq!(sbdf.ecam_index(), 0x12b);
         assert_eq!(sbdf.packed(), 0x0002_012b);
+        assert_eq!(Sbdf::from_packed(0x0002_012b), sbdf);
     }
 }

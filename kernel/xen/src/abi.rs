@@ -209,6 +209,65 @@ pub mod xenstore {
     pub const RECONNECT: u32 = 1;
 }
 
+/// Offsets in `struct grant_entry_v1` of `xen/grant_table.h`, one entry of a grant table.
+pub mod grant_entry {
+    /// Bytes of an entry.
+    pub const SIZE: usize = 8;
+    /// `flags`, `GTF_*`: what makes an entry valid.
+    pub const FLAGS: usize = 0;
+    /// `domid`, the domain that may map the page.
+    pub const DOMID: usize = 2;
+    /// `frame`, the granted guest frame.
+    pub const FRAME: usize = 4;
+    /// `GNTTAB_NR_RESERVED_ENTRIES`: the first entries belong to the tools that made the domain.
+    pub const RESERVED: usize = 8;
+    /// `GTF_permit_access`.
+    pub const PERMIT_ACCESS: u16 = 1;
+}
+
+/// Offsets in `struct vchan_interface` of `xen/io/libxenvchan.h`, and of the two rings that can be
+/// inside its page. Left is what the client writes, right what the server writes.
+pub mod vchan {
+    /// `left.cons`.
+    pub const LEFT_CONS: usize = 0;
+    /// `left.prod`.
+    pub const LEFT_PROD: usize = 4;
+    /// `right.cons`.
+    pub const RIGHT_CONS: usize = 8;
+    /// `right.prod`.
+    pub const RIGHT_PROD: usize = 12;
+    /// `left_order`.
+    pub const LEFT_ORDER: usize = 16;
+    /// `right_order`.
+    pub const RIGHT_ORDER: usize = 18;
+    /// `cli_live`, `LIVE_*`.
+    pub const CLI_LIVE: usize = 20;
+    /// `srv_live`, `LIVE_*`.
+    pub const SRV_LIVE: usize = 21;
+    /// `cli_notify`: the events that the client is to send.
+    pub const CLI_NOTIFY: usize = 22;
+    /// `srv_notify`: the events that the server is to send.
+    pub const SRV_NOTIFY: usize = 23;
+    /// `grants`, the end of the structure; unused with both rings inside the page.
+    pub const GRANTS: usize = 24;
+    /// `VCHAN_NOTIFY_WRITE`: tell me when you have written.
+    pub const NOTIFY_WRITE: u8 = 1;
+    /// `VCHAN_NOTIFY_READ`: tell me when you have read.
+    pub const NOTIFY_READ: u8 = 2;
+    /// This end is connected.
+    pub const LIVE_CONNECTED: u8 = 1;
+    /// The client has not connected yet.
+    pub const LIVE_NOT_YET: u8 = 2;
+    /// Order of the ring at offset 1024.
+    pub const SMALL_ORDER: u16 = 10;
+    /// Offset of the ring with [`SMALL_ORDER`].
+    pub const SMALL_RING: usize = 1024;
+    /// Order of the ring at offset 2048.
+    pub const LARGE_ORDER: u16 = 11;
+    /// Offset of the ring with [`LARGE_ORDER`].
+    pub const LARGE_RING: usize = 2048;
+}
+
 /// Offsets in `struct shared_info` of `xen/xen.h`; vCPU 0's `vcpu_info` is at 0.
 pub mod shared_info {
     /// `evtchn_pending`, 64 words of 64 bits.
@@ -254,4 +313,9 @@ const _: () = {
     assert!(shared_info::TIME == 32);
     assert!(size_of::<xen_sys::sched_poll>() == 24);
     assert!(size_of::<xen_sys::evtchn_bind_interdomain>() == 12);
+    assert!(size_of::<xen_sys::evtchn_alloc_unbound>() == 8);
+    assert!(grant_entry::FRAME + size_of::<u32>() == grant_entry::SIZE);
+    assert!(vchan::GRANTS == vchan::SRV_NOTIFY + 1 && vchan::GRANTS <= vchan::SMALL_RING);
+    assert!(vchan::SMALL_RING + (1 << vchan::SMALL_ORDER) == vchan::LARGE_RING);
+    assert!(vchan::LARGE_RING + (1 << vchan::LARGE_ORDER) == PAGE_SIZE as usize);
 };

@@ -5,7 +5,7 @@
 
 use core::sync::atomic::Ordering;
 
-use crate::abi::shared_info;
+use crate::abi::{DOMID_SELF, shared_info};
 use crate::errno::Errno;
 use crate::hypercall;
 use crate::page::Page;
@@ -55,6 +55,18 @@ impl BoundPort {
         // SAFETY: EVTCHNOP_bind_interdomain takes an evtchn_bind_interdomain.
         unsafe { hypercall::event_channel_op(xen_sys::EVTCHNOP_bind_interdomain, &mut arg)? };
         Ok(BoundPort(arg.local_port))
+    }
+
+    /// Allocates a port that domain `remote` may bind to. When the peer closes its end, Xen turns this
+    /// one back to unbound, so that `remote` can bind again.
+    ///
+    /// # Errors
+    /// What Xen answered.
+    pub fn unbound(remote: u16) -> Result<BoundPort, Errno> {
+        let mut arg = xen_sys::evtchn_alloc_unbound { dom: DOMID_SELF, remote_dom: remote, port: 0 };
+        // SAFETY: EVTCHNOP_alloc_unbound takes an evtchn_alloc_unbound.
+        unsafe { hypercall::event_channel_op(xen_sys::EVTCHNOP_alloc_unbound, &mut arg)? };
+        Ok(BoundPort(arg.port))
     }
 
     /// The local port number.

@@ -8,6 +8,7 @@ use crate::hypercall;
 const XENMEM_ADD_TO_PHYSMAP: u32 = 7;
 const XENMEM_MEMORY_MAP: u32 = 9;
 const XENMAPSPACE_SHARED_INFO: u32 = 0;
+const XENMAPSPACE_GRANT_TABLE: u32 = 1;
 const HVMOP_GET_PARAM: u32 = 1;
 const VCPUOP_GET_RUNSTATE_INFO: u32 = 4;
 const RUNSTATE_RUNNING: usize = 0;
@@ -49,7 +50,28 @@ pub fn hvm_param(param: Param) -> Result<u64, Errno> {
 /// # Safety
 /// Nothing else is, or is later placed, at `gfn`.
 pub unsafe fn map_shared_info(gfn: u64) -> Result<(), Errno> {
-    let mut arg = AddToPhysmap { domid: DOMID_SELF, space: XENMAPSPACE_SHARED_INFO, gpfn: gfn, ..Default::default() };
+    // SAFETY: `gfn` is free by our contract.
+    unsafe { add_to_physmap(XENMAPSPACE_SHARED_INFO, gfn) }
+}
+
+/// Makes the first frame of this domain's grant table appear at guest frame `gfn`.
+///
+/// # Errors
+/// What Xen answered.
+///
+/// # Safety
+/// Nothing else is, or is later placed, at `gfn`.
+pub unsafe fn map_grant_table(gfn: u64) -> Result<(), Errno> {
+    // SAFETY: `gfn` is free by our contract.
+    unsafe { add_to_physmap(XENMAPSPACE_GRANT_TABLE, gfn) }
+}
+
+/// Makes the first page of `space` appear at guest frame `gfn`.
+///
+/// # Safety
+/// Nothing else is, or is later placed, at `gfn`.
+unsafe fn add_to_physmap(space: u32, gfn: u64) -> Result<(), Errno> {
+    let mut arg = AddToPhysmap { domid: DOMID_SELF, space, gpfn: gfn, ..Default::default() };
     // SAFETY: XENMEM_add_to_physmap takes a xen_add_to_physmap; `gfn` is free by our contract.
     unsafe { hypercall::memory_op(XENMEM_ADD_TO_PHYSMAP, &mut arg)? };
     Ok(())

@@ -3,7 +3,7 @@
 //! No reference into it is ever formed but to an atomic; every access is one volatile or atomic
 //! access of its width, bounds-checked against the page.
 
-use core::sync::atomic::{AtomicU32, AtomicU64};
+use core::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64};
 
 use crate::abi::PAGE_SIZE;
 
@@ -50,6 +50,18 @@ impl Page {
         unsafe { self.at::<T>(offset).write_volatile(value) }
     }
 
+    /// The byte at `offset` as an atomic.
+    pub fn atomic8(&self, offset: usize) -> &AtomicU8 {
+        // SAFETY: in the page by `at`; atomics may be shared with any peer.
+        unsafe { AtomicU8::from_ptr(self.at::<u8>(offset)) }
+    }
+
+    /// The 16-bit word at `offset` as an atomic.
+    pub fn atomic16(&self, offset: usize) -> &AtomicU16 {
+        // SAFETY: in the page and aligned by `at`; atomics may be shared with any peer.
+        unsafe { AtomicU16::from_ptr(self.at::<u16>(offset)) }
+    }
+
     /// The 32-bit word at `offset` as an atomic.
     pub fn atomic32(&self, offset: usize) -> &AtomicU32 {
         // SAFETY: in the page and aligned by `at`; atomics may be shared with any peer.
@@ -66,6 +78,7 @@ impl Page {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use core::sync::atomic::Ordering;
     use std::boxed::Box;
 
     #[repr(C, align(4096))]
@@ -86,6 +99,15 @@ pub(crate) mod tests {
         assert_eq!(page.read::<u16>(10), 0x1122);
         page.write(4094, 0xabcdu16);
         assert_eq!(page.read::<u8>(4095), 0xab);
+    }
+
+    #[test]
+    fn narrow_atomics_change_nothing_beside_them() {
+        let page = page();
+        page.write(8, u64::MAX);
+        assert_eq!(page.atomic8(9).fetch_and(!2, Ordering::AcqRel), 0xff);
+        page.atomic16(12).store(0x1234, Ordering::Release);
+        assert_eq!(page.read::<u64>(8), 0xffff_1234_ffff_fdff);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::process::Command;
 use pciback::wire;
 use xen_guest::abi::{AddToPhysmap, HvmParam, MapGrantRef, MemoryMap, RunstateInfo, UnmapGrantRef};
 use xen_guest::abi::{MapPirq, PciDevice, UnmapPirq};
-use xen_guest::abi::{shared_info, time_info, xencons, xenstore};
+use xen_guest::abi::{grant_entry, shared_info, time_info, vchan, xencons, xenstore};
 
 /// C expression, and what it must be.
 fn expectations() -> Vec<(String, u64)> {
@@ -43,6 +43,8 @@ fn expectations() -> Vec<(String, u64)> {
     structure!(xen_sys::sched_shutdown, "struct sched_shutdown": reason = "reason");
     structure!(xen_sys::evtchn_bind_interdomain, "struct evtchn_bind_interdomain": remote_dom = "remote_dom",
         remote_port = "remote_port", local_port = "local_port");
+    structure!(xen_sys::evtchn_alloc_unbound, "struct evtchn_alloc_unbound": dom = "dom", remote_dom = "remote_dom",
+        port = "port");
     structure!(xen_sys::evtchn_send, "struct evtchn_send": port = "port");
     structure!(xen_sys::evtchn_close, "struct evtchn_close": port = "port");
 
@@ -54,6 +56,32 @@ fn expectations() -> Vec<(String, u64)> {
     expect("offsetof(struct vcpu_time_info, system_time)", time_info::SYSTEM_TIME);
     expect("offsetof(struct vcpu_time_info, tsc_to_system_mul)", time_info::MUL);
     expect("offsetof(struct vcpu_time_info, tsc_shift)", time_info::SHIFT);
+
+    expect("sizeof(struct grant_entry_v1)", grant_entry::SIZE);
+    expect("offsetof(struct grant_entry_v1, flags)", grant_entry::FLAGS);
+    expect("offsetof(struct grant_entry_v1, domid)", grant_entry::DOMID);
+    expect("offsetof(struct grant_entry_v1, frame)", grant_entry::FRAME);
+    expect("GNTTAB_NR_RESERVED_ENTRIES", grant_entry::RESERVED);
+    expect("GTF_permit_access", grant_entry::PERMIT_ACCESS as usize);
+
+    expect("sizeof(struct vchan_interface)", vchan::GRANTS);
+    for (field, offset) in [
+        ("left.cons", vchan::LEFT_CONS),
+        ("left.prod", vchan::LEFT_PROD),
+        ("right.cons", vchan::RIGHT_CONS),
+        ("right.prod", vchan::RIGHT_PROD),
+        ("left_order", vchan::LEFT_ORDER),
+        ("right_order", vchan::RIGHT_ORDER),
+        ("cli_live", vchan::CLI_LIVE),
+        ("srv_live", vchan::SRV_LIVE),
+        ("cli_notify", vchan::CLI_NOTIFY),
+        ("srv_notify", vchan::SRV_NOTIFY),
+        ("grants", vchan::GRANTS),
+    ] {
+        expect(&format!("offsetof(struct vchan_interface, {field})"), offset);
+    }
+    expect("VCHAN_NOTIFY_WRITE", vchan::NOTIFY_WRITE as usize);
+    expect("VCHAN_NOTIFY_READ", vchan::NOTIFY_READ as usize);
 
     expect("offsetof(struct xencons_interface, out)", xencons::OUT);
     expect("sizeof(((struct xencons_interface *)0)->out)", xencons::OUT_SIZE as usize);
@@ -115,6 +143,7 @@ fn expectations() -> Vec<(String, u64)> {
         ("XENMEM_add_to_physmap", 7),
         ("XENMEM_memory_map", 9),
         ("XENMAPSPACE_shared_info", 0),
+        ("XENMAPSPACE_grant_table", 1),
         ("GNTTABOP_map_grant_ref", 0),
         ("GNTTABOP_unmap_grant_ref", 1),
         ("GNTMAP_host_map", 2),
@@ -142,6 +171,7 @@ fn expectations() -> Vec<(String, u64)> {
         ("XEN_PCI_OP_enable_msix", wire::op::ENABLE_MSIX as usize),
         ("__HYPERVISOR_physdev_op", xen_sys::__HYPERVISOR_physdev_op as usize),
         ("__HYPERVISOR_hvm_op", xen_sys::__HYPERVISOR_hvm_op as usize),
+        ("EVTCHNOP_alloc_unbound", xen_sys::EVTCHNOP_alloc_unbound as usize),
         ("EVTCHNOP_bind_interdomain", xen_sys::EVTCHNOP_bind_interdomain as usize),
         ("EVTCHNOP_close", xen_sys::EVTCHNOP_close as usize),
         ("EVTCHNOP_send", xen_sys::EVTCHNOP_send as usize),
@@ -172,6 +202,7 @@ fn program(expectations: &[(String, u64)]) -> String {
         "hvm/params.h",
         "elfnote.h",
         "io/console.h",
+        "io/libxenvchan.h",
         "io/xs_wire.h",
         "io/pciif.h",
     ] {

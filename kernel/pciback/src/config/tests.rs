@@ -106,7 +106,7 @@ impl ConfigSpace for Model {
         self.writes_on
     }
 
-    fn allow_writes(&mut self) {
+    fn allow_writes(&mut self, _: crate::platform::Way) {
         self.writes_on = true;
     }
 }

@@ -3,6 +3,7 @@
 
 #![allow(dead_code, reason = "each test file uses its own part")]
 
+pub mod dom0;
 pub mod guest;
 pub mod hardware;
 pub mod logs;
@@ -15,11 +16,13 @@ use std::rc::Rc;
 
 use pciback::backend::Backend;
 use pciback::cmdline;
+use pciback::delegate::{Delegate, Down, RoutedConfig, RoutedPhysdev, Shared as Dom0};
 use pciback::device::{Device, State};
 use pciback::physdev::{Physdev, PhysdevError, Pirq, Vector};
-use pciback::platform::{ConfigSpace, ConnectError, DomId, Nanos, Platform, Port, Width, WritesOff};
+use pciback::platform::{ConfigSpace, ConnectError, DomId, Nanos, Platform, Port, Way, Width, WritesOff};
 use pciback::sbdf::Sbdf;
 
+use self::dom0::End;
 #[allow(unused_imports, reason = "each test file uses its own part")]
 pub use self::guest::{Guest, withdraw};
 use self::guest::{Page, Port0, Shared};
@@ -63,6 +66,7 @@ pub struct World {
     pub operations: Cell<u64>,
     pub deaf: Cell<bool>,
     pub xen: Xen,
+    pub dom0: dom0::Dom0,
 }
 
 impl Default for World {
@@ -89,14 +93,30 @@ impl Default for World {
             bound: Cell::default(),
             operations: Cell::default(),
             deaf: Cell::default(),
+            dom0: dom0::Dom0::default(),
         }
+        .or_delegated()
     }
 }
 
+/// Whether the tests run a second time, on an unmodified Xen whose dom0 does what only dom0 may.
+pub fn delegated() -> bool {
+    std::env::var_os("PCIBACK_DELEGATED").is_some()
+}
+
 impl World {
-    /// A host with this Xen.
+    fn or_delegated(self) -> World {
+        if delegated() {
+            self.xen.flavour.set(Flavour::Stock417);
+            self.serve();
+        }
+        self
+    }
+
+    /// A host with this Xen, without dom0's tool.
     pub fn with(flavour: Flavour) -> Rc<World> {
         let world: Rc<World> = Rc::default();
+        world.kill_serve();
         world.xen.flavour.set(flavour);
         world
     }
@@ -126,7 +146,7 @@ impl World {
         }
         let assigned = self.xen.assign(sbdf, guest);
         let answers = self.hardware.borrow()[&sbdf].silence(self.now.get()).is_none();
-        if answers && matches!(self.xen.flavour.get(), Flavour::Owner | Flavour::Mmcfg0) {
+        if answers && (matches!(self.xen.flavour.get(), Flavour::Owner | Flavour::Mmcfg0) || self.dom0.running.get()) {
             assert_eq!(assigned, Ok(()), "{sbdf} is ready, so Xen assigns it");
         }
     }
@@ -163,7 +183,8 @@ impl ConfigSpace for Config {
         self.allowed
     }
 
-    fn allow_writes(&mut self) {
+    fn allow_writes(&mut self, way: Way) {
+        assert_ne!(way, Way::Dom0, "those writes are dom0's");
         self.allowed = true;
     }
 }
@@ -184,7 +205,7 @@ impl Physdev for Calls {
     fn map(&mut self, guest: DomId, sbdf: Sbdf, vector: Vector) -> Result<Pirq, PhysdevError> {
         self.0.xen.map(guest, sbdf, vector).map_err(PhysdevError::of)
     }
-    fn unmap(&mut self, guest: DomId, pirq: Pirq) -> Result<(), PhysdevError> {
+    fn unmap(&mut self, guest: DomId, _: Sbdf, pirq: Pirq) -> Result<(), PhysdevError> {
         self.0.xen.unmap(guest, pirq).map_err(PhysdevError::of)
     }
     fn now(&self) -> Nanos {
@@ -195,25 +216,27 @@ impl Physdev for Calls {
 pub struct Machine {
     world: Rc<World>,
     store: StoreClient,
-    physdev: Calls,
+    physdev: RoutedPhysdev<Calls, End>,
+    dom0: Dom0<End>,
 }
 
 impl Platform for Machine {
-    type Config = Config;
+    type Config = RoutedConfig<Config, End>;
     type Page = Page;
     type Channel = Port0;
     type Store = StoreClient;
-    type Physdev = Calls;
+    type Physdev = RoutedPhysdev<Calls, End>;
 
-    fn physdev(&mut self) -> &mut Calls {
+    fn physdev(&mut self) -> &mut RoutedPhysdev<Calls, End> {
         &mut self.physdev
     }
     fn store(&mut self) -> &mut StoreClient {
         &mut self.store
     }
-    fn open_config(&mut self, sbdf: Sbdf) -> Result<Config, String> {
+    fn open_config(&mut self, sbdf: Sbdf) -> Result<RoutedConfig<Config, End>, String> {
         let placed = self.world.hardware.borrow().contains_key(&sbdf);
-        placed.then(|| Config { world: self.world.clone(), sbdf, allowed: false }).ok_or_else(|| "no frame".into())
+        let frame = placed.then(|| Config { world: self.world.clone(), sbdf, allowed: false }).ok_or("no frame")?;
+        Ok(RoutedConfig::new(frame, sbdf, self.dom0.clone()))
     }
     fn map_page(&mut self, frontend: DomId, grant_ref: u32) -> Result<Page, ConnectError> {
         let page = self.world.pages.borrow().get(&(frontend, grant_ref)).cloned();
@@ -233,6 +256,11 @@ impl Platform for Machine {
     }
     fn now(&self) -> Nanos {
         self.world.now.get()
+    }
+    fn poll_dom0(&mut self) -> Result<u32, Down> {
+        let mut dom0 = self.dom0.borrow_mut();
+        dom0.poll();
+        dom0.session()
     }
 }
 
@@ -261,7 +289,9 @@ pub fn boot_in(world: Rc<World>, cmdline: &str) -> Rig {
         world.hardware.borrow_mut().entry(device.sbdf).or_insert_with(|| Rc::new(Hardware::card(0x8086, 0x100e)));
     }
     world.now.set(world.now.get().max(1_000_000_000_000));
-    let machine = Machine { world: world.clone(), store: StoreClient(world.clone()), physdev: Calls(world.clone()) };
+    let dom0 = Rc::new(RefCell::new(Delegate::new(End(world.clone()))));
+    let physdev = RoutedPhysdev::new(Calls(world.clone()), dom0.clone());
+    let machine = Machine { world: world.clone(), store: StoreClient(world.clone()), physdev, dom0 };
     let mut rig = Rig { backend: Backend::new(machine, config, complaints), world };
     rig.backend.start();
     rig.settle();
@@ -354,6 +384,10 @@ impl Rig {
         world.watches.borrow_mut().clear();
         world.events.borrow_mut().clear();
         world.remove("data/pciback");
+        if world.dom0.running.get() {
+            // dom0's tool connects to the new one.
+            world.serve();
+        }
         boot_in(world, cmdline)
     }
 
