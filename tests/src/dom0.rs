@@ -8,6 +8,7 @@ use rig_agent::Reply;
 
 use crate::machine::Machine;
 use crate::packages::Release;
+use crate::scenarios::Boot;
 use crate::tools::{Error, tail};
 
 /// The NVMe drive, behind a root port.
@@ -193,14 +194,16 @@ pub struct Rig {
     pub machine: Machine,
     /// Its release.
     pub release: Release,
+    /// How Xen was booted.
+    pub boot: Boot,
     console_seen: usize,
     tripled: bool,
 }
 
 impl Rig {
     /// Takes over a booted machine.
-    pub fn new(machine: Machine, release: Release) -> Self {
-        Self { machine, release, console_seen: 0, tripled: false }
+    pub fn new(machine: Machine, release: Release, boot: Boot) -> Self {
+        Self { machine, release, boot, console_seen: 0, tripled: false }
     }
 
     /// Runs a script in dom0, whatever it answers.
@@ -439,11 +442,40 @@ impl Rig {
         self.must(&format!("xl-pciback assignable-add {owned}"))?;
         self.must(&format!("xl-pciback config {owned} > /tmp/{DRIVER}.cfg"))?;
         self.run(&format!("echo 'on_crash=\"preserve\"' >> /tmp/{DRIVER}.cfg; cat /tmp/{DRIVER}.cfg"))?;
+        if self.boot == Boot::Plain {
+            self.start_serve()?;
+        }
         self.start_driver()
     }
 
-    /// Creates the driver domain and waits until it serves.
+    /// Starts dom0's service.
+    pub fn start_serve(&mut self) -> Outcome {
+        self.must("setsid xl-pciback serve </dev/null >>/var/log/serve.log 2>&1 & echo $! >/run/serve.pid")?;
+        self.wait("xl-pciback serve", 20, "xenstore-read /pciback/serve")
+    }
+
+    /// Ends it, with this signal.
+    pub fn stop_serve(&mut self, signal: &str) -> Outcome {
+        self.must(&format!("kill -{signal} $(cat /run/serve.pid)"))?;
+        self.wait("xl-pciback serve to end", 20, "! kill -0 $(cat /run/serve.pid)")
+    }
+
+    /// What it said.
+    pub fn serve_log(&mut self) -> Outcome<String> {
+        self.run("cat /var/log/serve.log 2>/dev/null || true")
+    }
+
+    /// Creates the driver domain and waits until it serves and, where it needs dom0 for that, can do so fully.
     pub fn start_driver(&mut self) -> Outcome {
+        self.start_driver_alone()?;
+        if self.boot == Boot::Plain {
+            self.wait_published("serve", "connected")?;
+        }
+        Ok(())
+    }
+
+    /// Creates the driver domain and waits until it serves.
+    pub fn start_driver_alone(&mut self) -> Outcome {
         self.must(&format!("rm -f /var/log/xen/guest-{DRIVER}.log; xl create -q /tmp/{DRIVER}.cfg"))?;
         let waited = self.wait_published("state", "ready");
         if let Err(stop) = waited {

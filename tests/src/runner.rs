@@ -138,7 +138,7 @@ pub fn boot(built: &Built, release: Release, boot: Boot, xen_args: &str) -> Outc
         }
         booted => booted?,
     };
-    let mut rig = Rig::new(machine, release);
+    let mut rig = Rig::new(machine, release, boot);
     say(format!("{}: dom0 is up", release.name()));
     rig.machine.note("set-up");
     rig.set_up()?;

@@ -1,6 +1,7 @@
 //! Attach: check everything, then assign, permit, map, announce, and wait for the driver domain. What
 //! was done is undone in reverse if a later step fails: a failed attach leaves nothing behind.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use pciback::cmdline::Mode;
@@ -10,6 +11,7 @@ use crate::domains::{Domains, Driver, Guest};
 use crate::error::{Failure, Outcome, errno};
 use crate::nodes::{self, DOMID_IO, Link, told};
 use crate::rights;
+use crate::serve;
 use crate::sysfs::{Function, Sysfs};
 use crate::xen::{self, Hypervisor, Store, transaction};
 
@@ -28,6 +30,8 @@ pub struct Host<'a> {
     pub domains: &'a dyn Domains,
     /// How long the driver domain may take for one step.
     pub patience: Duration,
+    /// Where `serve` writes down which vectors it has mapped.
+    pub journals: PathBuf,
 }
 
 impl Host<'_> {
@@ -227,6 +231,7 @@ fn check_driver(host: &Host<'_>, driver: &Driver, guest: &Guest, function: &Func
         ));
     }
 
+    wait_for_serve(host, driver);
     let read = |node: &str| told(host.store, &nodes::published(driver.domid, sbdf, node));
     // With mode=mmcfg0 the driver domain writes nothing before it is told that the host allows it: that was checked.
     let told = driver.config.mode == Mode::Mmcfg0 && read("state").as_deref() == Some("ready");
@@ -284,6 +289,26 @@ fn check_driver(host: &Host<'_>, driver: &Driver, guest: &Guest, function: &Func
         ));
     }
     Ok(())
+}
+
+/// A driver domain that may not write asks `serve`, and until that has connected a guest could only look at its device.
+fn wait_for_serve(host: &Host<'_>, driver: &Driver) {
+    let undecided = || {
+        let mode = told(host.store, &format!("/local/domain/{}/data/pciback/mode", driver.domid));
+        driver.config.mode == Mode::Auto && mode.is_none_or(|mode| mode == "read-only")
+    };
+    if !undecided() {
+        return;
+    }
+    let waited =
+        serve::is_running(host.store) && host.wait(host.patience / 3, || (!undecided()).then_some(())).is_some();
+    if !waited && undecided() {
+        eprintln!(
+            "xl-pciback: warning: driver domain {:?} may not write on this Xen and is not connected to xl-pciback serve: \
+             the guest can only look at the device; start xl-pciback serve",
+            driver.name
+        );
+    }
 }
 
 /// Asks the driver domain to hand a function over: a broken one again, as what broke it may be over, or one that it
@@ -510,6 +535,7 @@ fn list_function(
             return Err(ENOSPC);
         }
         write(&nodes::record(sbdf, "domid"), &domid.to_string())?;
+        host.store.remove(tx, &nodes::record(sbdf, "released"))?;
         if count.is_none() {
             for folder in ["backend", "backend/pci", &format!("backend/pci/{domid}")] {
                 let path = format!("/local/domain/{driver}/{folder}");

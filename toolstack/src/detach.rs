@@ -9,6 +9,7 @@ use crate::domains::Guest;
 use crate::error::{Failure, Outcome, errno};
 use crate::nodes::{self, Link};
 use crate::rights;
+use crate::serve::journal;
 use crate::sysfs::Function;
 use crate::xen::{self, transaction};
 
@@ -90,6 +91,8 @@ fn ask(host: &Host<'_>, link: &Link, guest: &Guest, function: &Function, options
     let withdrawn = withdraw(host, link, sbdf);
     // A function that was taken by force has not been handed over; one that was released has.
     let clean = released.is_some() && resets_itself(host, link.driver, sbdf);
+    // `serve` does not give it to this guest again.
+    let _ = host.store.write(0, &nodes::record(sbdf, "released"), &guest.domid.to_string());
     finish(host, guest, function, &others, withdrawn, clean)
 }
 
@@ -140,6 +143,12 @@ fn finish(
 ) -> Outcome<String> {
     let (sbdf, domid) = (function.sbdf, guest.domid);
     let mut problems = Vec::new();
+    // Vectors that dom0 mapped for a driver domain that cannot have them unmapped any more.
+    for mapping in journal::mapped(&host.journals, sbdf).into_iter().filter(|mapping| u32::from(mapping.0) == domid) {
+        if matches!(host.xen.unmap_pirq(domid, mapping.1.cast_unsigned()), Ok(()) | Err(3 | 22)) {
+            journal::note_unmapped(&host.journals, sbdf, mapping);
+        }
+    }
     let mut note = |what: &str, outcome: Result<(), i32>| {
         if let Err(number) = outcome {
             problems.push(format!("{what}: {}", errno(number)));

@@ -14,6 +14,7 @@ mod error;
 mod list;
 mod nodes;
 mod rights;
+mod serve;
 mod sysfs;
 #[cfg(test)]
 mod tests;
@@ -48,6 +49,7 @@ Commands:
   attach GUEST BDF           give a function to a running or paused guest
                              [--driver NAME] [--permissive]
   detach GUEST BDF           take it away again   [--driver NAME] [--timeout SECONDS] [--force]
+  serve                      carry out what driver domains may not do themselves, and attach what is promised
   list                       show driver domains, functions and guests   [--json]
   status [BDF...]            show in detail how functions stand   [--json]
 
@@ -106,6 +108,16 @@ Usage: xl-pciback detach [--driver NAME] [--timeout SECONDS] [--force] GUEST BDF
 Tells the guest, waits until it has let go (10 seconds), then takes its rights away. With --force it takes
 them away even if the guest does not answer, or cannot be told because the driver domain is gone.
 Interrupted (Ctrl-C) while it waits, the guest keeps the function.
+"
+        }
+        "serve" => {
+            "\
+Usage: xl-pciback serve
+Runs until it is ended (SIGTERM), and says what it does on stderr; a service manager runs it (xl-pciback.service).
+It carries out configuration writes and the mapping of MSI and MSI-X for driver domains on an unmodified Xen, only for
+functions that their xl configuration lists, and only towards guests that this tool attached them to. It attaches
+functions with guest=NAME whenever that guest runs. It may be ended and started at any time: guests go on meanwhile,
+but their writes to configuration space are refused.
 "
         }
         "list" => {
@@ -315,6 +327,7 @@ fn run() -> Outcome<()> {
         Detach(&'a str, Sbdf),
         List,
         Status(Vec<Sbdf>),
+        Serve,
     }
     let job = match command {
         "assignable-add" => Job::Add(addresses(words)?),
@@ -323,11 +336,13 @@ fn run() -> Outcome<()> {
         "attach" => guest_and_address(words).map(|(guest, sbdf)| Job::Attach(guest, sbdf))?,
         "detach" => guest_and_address(words).map(|(guest, sbdf)| Job::Detach(guest, sbdf))?,
         "status" => Job::Status(words.iter().map(|word| address(word)).collect::<Outcome<_>>()?),
+        "serve" => none(words).map(|()| Job::Serve)?,
         _ => none(words).map(|()| Job::List)?,
     };
     let libdir = line.libdir.or_else(|| std::env::var("XL_PCIBACK_LIBDIR").ok());
     let xen = Xen::open(libdir.as_deref())?;
-    let host = Host { xen: &xen, store: &xen, sysfs: &sysfs, domains: &Xl, patience: attach::PATIENCE };
+    let journals = nodes::JOURNALS.into();
+    let host = Host { xen: &xen, store: &xen, sysfs: &sysfs, domains: &Xl, patience: attach::PATIENCE, journals };
     // From here on an interrupt ends waits, not the program in the middle of a change.
     if !matches!(job, Job::Assignable | Job::List | Job::Status(_)) {
         xen::hold_interrupts();
@@ -345,6 +360,7 @@ fn run() -> Outcome<()> {
             let options = detach::Options { driver: line.driver, force: line.force, timeout };
             println!("{}", detach::detach(&host, guest, sbdf, &options)?);
         }
+        Job::Serve => serve::serve(&xen, &sysfs, serve::Options { libdir })?,
         Job::List => {
             let rows = list::rows(&host)?;
             if line.json {

@@ -15,6 +15,9 @@ pub const DOMID_IO: u32 = 0x7ff1;
 /// This tool's own records, dom0's alone: a folder a function that was made assignable.
 pub const RECORDS: &str = "/pciback/assignable";
 
+/// Where `serve` writes down which vectors it has mapped.
+pub const JOURNALS: &str = "/run/pciback-stubdom/vectors";
+
 /// Functions a virtual bus can hold.
 pub const MAX_FUNCTIONS: u32 = 256;
 
@@ -76,7 +79,8 @@ pub fn published(driver: u32, sbdf: Sbdf, node: &str) -> String {
     format!("/local/domain/{driver}/data/pciback/device/{}/{node}", folder(sbdf))
 }
 
-/// One of this tool's records: `driver`, what had the function in dom0; `domid`, the guest that has it.
+/// One of this tool's records: `driver`, what had the function in dom0; `domid`, the guest that has it;
+/// `released`, the guest that it was detached from by hand.
 pub fn record(sbdf: Sbdf, node: &str) -> String {
     format!("{RECORDS}/{}/{node}", folder(sbdf))
 }

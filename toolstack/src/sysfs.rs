@@ -218,6 +218,36 @@ impl Sysfs {
         })
     }
 
+    /// Whether the function was taken from dom0 and no driver has taken it since. Two cheap looks: this comes before
+    /// every write that a driver domain has made.
+    pub fn is_nobodys(&self, sbdf: Sbdf) -> bool {
+        let folder = self.folder(sbdf);
+        let forced = fs::read(folder.join("driver_override"));
+        forced.is_ok_and(|name| name.trim_ascii_end() == NOBODY.as_bytes())
+            && fs::symlink_metadata(folder.join("driver")).is_err()
+    }
+
+    /// What the configuration space reads.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn config_space(&self, sbdf: Sbdf) -> Outcome<Vec<u8>> {
+        fs::read(self.folder(sbdf).join("config")).map_err(|error| {
+            Failure::new(format!("{sbdf}: its configuration space cannot be read: {error}"), "see dmesg")
+        })
+    }
+
+    /// Opens the configuration space for reading and writing.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn open_config(&self, sbdf: Sbdf) -> Outcome<fs::File> {
+        let opened = fs::OpenOptions::new().read(true).write(true).open(self.folder(sbdf).join("config"));
+        opened.map_err(|error| {
+            Failure::new(format!("{sbdf}: its configuration space cannot be opened: {error}"), "see dmesg")
+        })
+    }
+
     /// Whether dom0 has enabled the function.
     pub fn is_enabled(&self, sbdf: Sbdf) -> bool {
         fs::read_to_string(self.folder(sbdf).join("enable")).is_ok_and(|text| text.trim() != "0")

@@ -132,7 +132,14 @@ impl Fake {
 
     fn with<T>(&self, job: impl FnOnce(&Host<'_>) -> T) -> T {
         let sysfs = self.sysfs();
-        job(&Host { xen: self, store: self, sysfs: &sysfs, domains: self, patience: Duration::from_millis(180) })
+        job(&Host {
+            xen: self,
+            store: self,
+            sysfs: &sysfs,
+            domains: self,
+            patience: Duration::from_millis(180),
+            journals: self.root.join("vectors"),
+        })
     }
 
     fn attach(&self) -> Outcome<String> {

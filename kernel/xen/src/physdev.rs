@@ -1,22 +1,22 @@
 //! PCI functions and their message interrupts: `xen/physdev.h`.
 //!
 //! An unmodified Xen refuses these calls to a PVH domain (-ENOSYS). Xen with the config-owner change
-//! (`boot/xen`) carries them out for functions whose ECAM frame the domain was given.
+//! (`boot/xen`) carries them out for functions whose ECAM frame the domain was given. On any Xen dom0 may make them.
 
 use crate::abi::{MapPirq, PciDevice, UnmapPirq};
 use crate::errno::Errno;
 use crate::hypercall;
 
 /// `PHYSDEVOP_map_pirq`.
-const MAP_PIRQ: u32 = 13;
+pub const MAP_PIRQ: u32 = 13;
 /// `PHYSDEVOP_unmap_pirq`.
-const UNMAP_PIRQ: u32 = 14;
+pub const UNMAP_PIRQ: u32 = 14;
 /// `PHYSDEVOP_restore_msi_ext`.
-const RESTORE_MSI_EXT: u32 = 27;
+pub const RESTORE_MSI_EXT: u32 = 27;
 /// `PHYSDEVOP_prepare_msix`.
-const PREPARE_MSIX: u32 = 30;
+pub const PREPARE_MSIX: u32 = 30;
 /// `PHYSDEVOP_release_msix`.
-const RELEASE_MSIX: u32 = 31;
+pub const RELEASE_MSIX: u32 = 31;
 
 /// `MAP_PIRQ_TYPE_MSI_SEG`: one vector; the segment is in the upper half of `bus`.
 const TYPE_MSI_SEG: i32 = 3;
@@ -77,8 +77,8 @@ pub fn restore_msi(function: Function) -> Result<(), Errno> {
     on_function(RESTORE_MSI_EXT, function)
 }
 
-/// The argument of [`map`].
-fn map_argument(domid: u16, function: Function, vector: Vector) -> MapPirq {
+/// The argument of [`map`]; dom0's tool has Xen carry it out with its own hypercall.
+pub fn map_argument(domid: u16, function: Function, vector: Vector) -> MapPirq {
     let (kind, entry_nr, table_base) = match vector {
         Vector::Msi => (TYPE_MSI_SEG, 0, 0),
         Vector::MultiMsi(count) => (TYPE_MULTI_MSI, i32::from(count), 0),

@@ -41,6 +41,15 @@ impl Boot {
     /// All of them, in the order in which they are booted.
     pub const ALL: [Boot; 3] = [Boot::Writable, Boot::Plain, Boot::Changed];
 
+    /// The mode a driver domain must be in.
+    pub fn mode(self) -> &'static str {
+        match self {
+            Boot::Writable => "mmcfg0",
+            Boot::Plain => "delegated",
+            Boot::Changed => "direct",
+        }
+    }
+
     /// Its name in tables.
     pub fn name(self) -> &'static str {
         match self {
@@ -76,7 +85,7 @@ const fn scenario(
 /// Where configuration writes need no change of Xen's.
 const STOCK: &[Boot] = &[Boot::Writable];
 /// What needs our domain's own hypercalls.
-const DIRECT: &[Boot] = &[Boot::Changed];
+const DIRECT: &[Boot] = &[Boot::Plain, Boot::Changed];
 /// Both: the hand-over is another with each.
 const BOTH: &[Boot] = &[Boot::Writable, Boot::Changed];
 

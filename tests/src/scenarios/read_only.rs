@@ -5,10 +5,19 @@ use crate::check;
 use crate::dom0::{DRIVER, Guest, NVME, Outcome, Rig, Stop};
 
 pub(super) fn run(rig: &mut Rig) -> Outcome {
+    rig.stop_serve("TERM")?;
+    let told = without(rig);
+    rig.start_serve()?;
+    told
+}
+
+fn without(rig: &mut Rig) -> Outcome {
+    rig.must(&format!("xl destroy {DRIVER}"))?;
+    rig.start_driver_alone()?;
     let mode = rig.published("mode")?;
     check!(mode == "read-only", "mode is {mode:?}");
     let why = rig.published("mode-why")?;
-    check!(why.contains("mmcfg=0"), "mode-why does not name the remedy: {why:?}");
+    check!(why.contains("xl-pciback serve"), "mode-why does not name the remedy: {why:?}");
     let first = rig.domid(DRIVER)?;
     rig.create_and_wait(Guest::named("g1"))?;
     rig.attach("g1", NVME)?;
@@ -30,7 +39,7 @@ pub(super) fn run(rig: &mut Rig) -> Outcome {
         "xl destroy {DRIVER}; cp /tmp/{DRIVER}.cfg /tmp/good.cfg; \
          sed -i -e 's/ mode=[a-z0-9-]*//' -e 's/^\\(extra *= *\".*\\)\"/\\1 mode=mmcfg0\"/' /tmp/{DRIVER}.cfg; grep -q mode=mmcfg0 /tmp/{DRIVER}.cfg"
     ))?;
-    let started = rig.start_driver();
+    let started = rig.start_driver_alone();
     let result = match started {
         Ok(()) => {
             rig.create_and_wait(Guest::named("g2"))?;

@@ -1,12 +1,55 @@
 //! Xen's own libraries, loaded by soname so that one binary serves several releases: libxenctrl (its
-//! name carries the release) and libxenstore. The only module with `unsafe`.
+//! name carries the release) and libxenstore here, libxencall in [`calls`], libxenvchan in [`channel`]. The only module
+//! with `unsafe`.
 //!
 //! Prototypes: `xenctrl.h` and `xenstore.h` of 4.17; 4.20 has the same for the functions used here.
+
+/// The symbol `name` of `library` as a function pointer. Only this module names types for it.
+macro_rules! function {
+    ($library:expr, $name:literal, fn($($arg:ty),*) -> $ret:ty) => {{
+        // SAFETY: the prototype is the one of Xen's header.
+        let symbol = unsafe { $library.get::<unsafe extern "C" fn($($arg),*) -> $ret>(concat!($name, "\0").as_bytes()) };
+        symbol.map(|symbol| *symbol)
+    }};
+}
+
+/// Calls a function of libxenctrl that answers 0 or -1 with errno.
+macro_rules! control {
+    ($xen:expr, $name:literal, ($($arg:expr => $type:ty),*)) => {{
+        match function!($xen.control, $name, fn(*mut c_void, $($type),*) -> c_int) {
+            Err(_) => Err(38),
+            Ok(call) => {
+                // SAFETY: an open handle and plain numbers (or pointers to locals) by the prototype.
+                let answer = unsafe { call($xen.handle, $($arg),*) };
+                if answer == 0 { Ok(()) } else { Err(last_errno()) }
+            }
+        }
+    }};
+}
+
+/// Calls a function of libxenstore that answers a bool with errno.
+macro_rules! store {
+    ($xen:expr, $name:literal, ($($arg:expr => $type:ty),*)) => {{
+        match function!($xen.store, $name, fn(*mut c_void, $($type),*) -> bool) {
+            Err(_) => Err(38),
+            Ok(call) => {
+                // SAFETY: an open handle, live C strings and buffers by the prototype.
+                if unsafe { call($xen.xs, $($arg),*) } { Ok(()) } else { Err(last_errno()) }
+            }
+        }
+    }};
+}
+
+pub mod calls;
+pub mod channel;
+pub mod events;
 
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_ulong, c_void};
 use std::fs;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 use libloading::Library;
 use pciback::sbdf::Sbdf;
@@ -86,19 +129,12 @@ const DOMID_INVALID: u32 = 0x7ff4;
 
 /// Both libraries with an open handle each.
 pub struct Xen {
+    release: String,
+    libdir: Option<String>,
     control: Library,
     handle: *mut c_void,
     store: Library,
     xs: *mut c_void,
-}
-
-/// The symbol `name` of `library` as a function pointer. Only this module names types for it.
-macro_rules! function {
-    ($library:expr, $name:literal, fn($($arg:ty),*) -> $ret:ty) => {{
-        // SAFETY: the prototype is the one of Xen's header.
-        let symbol = unsafe { $library.get::<unsafe extern "C" fn($($arg),*) -> $ret>(concat!($name, "\0").as_bytes()) };
-        symbol.map(|symbol| *symbol)
-    }};
 }
 
 fn last_errno() -> i32 {
@@ -113,14 +149,28 @@ pub fn release() -> Option<String> {
 
 unsafe extern "C" {
     fn free(pointer: *mut c_void);
+    fn write(fd: c_int, data: *const c_void, len: usize) -> isize;
     fn signal(number: c_int, handler: extern "C" fn(c_int)) -> *mut c_void;
 }
 
 /// Whether the user asked to stop since [`hold_interrupts`].
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
+/// A descriptor that is written to when one of these signals comes; -1 for none.
+static WAKE: AtomicI32 = AtomicI32::new(-1);
+
 extern "C" fn note_interrupt(_: c_int) {
     INTERRUPTED.store(true, Ordering::Relaxed);
+    let wake = WAKE.load(Ordering::Relaxed);
+    if wake >= 0 {
+        // SAFETY: write(2) may be called in a signal handler; the byte lives. A full or closed pipe is no harm.
+        unsafe { write(wake, [1u8].as_ptr().cast(), 1) };
+    }
+}
+
+/// From now on these signals also make the other end of `wake` readable; it must stay open for good.
+pub fn wake_on_signal(wake: &UnixStream) {
+    WAKE.store(wake.as_raw_fd(), Ordering::Relaxed);
 }
 
 /// From now on SIGINT, SIGTERM and SIGHUP end waits instead of the program, so that what was begun is
@@ -148,6 +198,26 @@ fn load(names: &[String]) -> Option<Library> {
     })
 }
 
+/// Loads a library of the running release, from `libdir` if given.
+fn find(name: &str, release: &str, libdir: Option<&str>) -> Outcome<Library> {
+    let names: Vec<String> = match libdir {
+        Some(folder) => vec![format!("{folder}/{name}")],
+        None => ["", "/usr/lib/x86_64-linux-gnu/", "/usr/lib64/", "/usr/lib/", "/usr/local/lib/"]
+            .map(String::from)
+            .into_iter()
+            .chain([format!("/usr/lib/xen-{release}/lib/x86_64-linux-gnu/"), format!("/usr/lib/xen-{release}/lib/")])
+            .map(|folder| format!("{folder}{name}"))
+            .collect(),
+    };
+    load(&names).ok_or_else(|| {
+        let place = libdir.map(|folder| format!(" in {folder}")).unwrap_or_default();
+        Failure::new(
+            format!("{name} cannot be loaded{place}"),
+            format!("install Xen's tools for {release} (Debian: xen-utils-{release}), or name their folder: --libdir"),
+        )
+    })
+}
+
 impl Xen {
     /// Loads the libraries of the running release, from `libdir` if given, and opens both interfaces.
     ///
@@ -161,33 +231,8 @@ impl Xen {
             )
         })?;
         let name = format!("libxenctrl.so.{release}");
-        let names = |name: &str| match libdir {
-            Some(folder) => vec![format!("{folder}/{name}")],
-            None => ["", "/usr/lib/x86_64-linux-gnu/", "/usr/lib64/", "/usr/lib/", "/usr/local/lib/"]
-                .map(String::from)
-                .into_iter()
-                .chain([
-                    format!("/usr/lib/xen-{release}/lib/x86_64-linux-gnu/"),
-                    format!("/usr/lib/xen-{release}/lib/"),
-                ])
-                .map(|folder| format!("{folder}{name}"))
-                .collect(),
-        };
-        let place = libdir.map(|folder| format!(" in {folder}")).unwrap_or_default();
-        let control = load(&names(&name)).ok_or_else(|| {
-            Failure::new(
-                format!("{name} cannot be loaded{place}"),
-                format!(
-                    "install Xen's tools for {release} (Debian: xen-utils-{release}), or name their folder: --libdir"
-                ),
-            )
-        })?;
-        let store = load(&names("libxenstore.so.4")).ok_or_else(|| {
-            Failure::new(
-                format!("libxenstore.so.4 cannot be loaded{place}"),
-                "install Xen's tools (Debian: xenstore-utils), or name their folder: --libdir",
-            )
-        })?;
+        let control = find(&name, &release, libdir)?;
+        let store = find("libxenstore.so.4", &release, libdir)?;
         let missing = |_| {
             Failure::new(format!("{name} lacks a function this tool needs"), "report the Xen release to the project")
         };
@@ -207,7 +252,17 @@ impl Xen {
                 "run as root in dom0, with xenstored running",
             ));
         }
-        Ok(Xen { control, handle, store, xs })
+        Ok(Xen { release, libdir: libdir.map(String::from), control, handle, store, xs })
+    }
+
+    /// The running Xen's release, "4.17".
+    pub fn release(&self) -> &str {
+        &self.release
+    }
+
+    /// Another of Xen's libraries.
+    fn library(&self, name: &str) -> Outcome<Library> {
+        find(name, &self.release, self.libdir.as_deref())
     }
 }
 
@@ -222,20 +277,6 @@ impl Drop for Xen {
             unsafe { close(self.xs) };
         }
     }
-}
-
-/// Calls a function of libxenctrl that answers 0 or -1 with errno.
-macro_rules! control {
-    ($xen:expr, $name:literal, ($($arg:expr => $type:ty),*)) => {{
-        match function!($xen.control, $name, fn(*mut c_void, $($type),*) -> c_int) {
-            Err(_) => Err(38),
-            Ok(call) => {
-                // SAFETY: an open handle and plain numbers (or pointers to locals) by the prototype.
-                let answer = unsafe { call($xen.handle, $($arg),*) };
-                if answer == 0 { Ok(()) } else { Err(last_errno()) }
-            }
-        }
-    }};
 }
 
 impl Hypervisor for Xen {
@@ -287,19 +328,6 @@ impl Hypervisor for Xen {
 
 fn path(text: &str) -> Result<CString, i32> {
     CString::new(text).map_err(|_| 22)
-}
-
-/// Calls a function of libxenstore that answers a bool with errno.
-macro_rules! store {
-    ($xen:expr, $name:literal, ($($arg:expr => $type:ty),*)) => {{
-        match function!($xen.store, $name, fn(*mut c_void, $($type),*) -> bool) {
-            Err(_) => Err(38),
-            Ok(call) => {
-                // SAFETY: an open handle, live C strings and buffers by the prototype.
-                if unsafe { call($xen.xs, $($arg),*) } { Ok(()) } else { Err(last_errno()) }
-            }
-        }
-    }};
 }
 
 impl Store for Xen {

@@ -1,0 +1,173 @@
+//! One thread a driver domain: its channel, opened and opened again, with an office behind it. A driver domain that asks
+//! too much, or nothing sensible, holds nobody up but itself.
+
+use std::hash::{BuildHasher, RandomState};
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use pciback::delegate::message::{CHANNEL, REQUEST};
+
+use super::office::Office;
+use crate::domains::Driver;
+use crate::error::Outcome;
+use crate::sysfs::Sysfs;
+use crate::xen::calls::Calls;
+use crate::xen::channel::Channel;
+use crate::xen::events::wait_readable;
+use crate::xen::{Store, Xen};
+
+/// How long the next request is looked for before sleeping, after one came: bursts are many, one after the other, and to
+/// be woken costs more than to look.
+const LOOK: Duration = Duration::from_micros(100);
+
+/// How often a channel that another end still holds is tried again.
+const RETRY: Duration = Duration::from_millis(200);
+
+/// Requests in a row before the wish to stop is looked for.
+const TURN: u32 = 1024;
+
+/// A running desk.
+pub struct Desk {
+    /// Closing it ends the thread; a byte tells it to look for the channel.
+    bell: UnixStream,
+    thread: JoinHandle<()>,
+}
+
+impl Desk {
+    /// Opens a desk for `driver`.
+    ///
+    /// # Errors
+    /// No thread or no pair of sockets.
+    pub fn open(driver: &Driver, sysfs: &Sysfs, dir: PathBuf, libdir: Option<String>) -> std::io::Result<Desk> {
+        let (bell, ring) = UnixStream::pair()?;
+        bell.set_nonblocking(true)?;
+        ring.set_nonblocking(true)?;
+        let (driver, sysfs) = (driver.clone(), sysfs.clone());
+        let body = move || {
+            if let Err(failure) = run(&driver, sysfs, dir, libdir.as_deref(), &ring) {
+                eprintln!("driver domain {:?} is not served: {failure}", driver.name);
+            }
+        };
+        let thread = std::thread::Builder::new().name("desk".into()).stack_size(256 << 10).spawn(body)?;
+        Ok(Desk { bell, thread })
+    }
+
+    /// The driver domain may have announced its channel.
+    pub fn ring(&self) {
+        // A full socket rings as well.
+        let _ = std::io::Write::write(&mut &self.bell, &[1]);
+    }
+
+    /// Whether it still works.
+    pub fn is_open(&self) -> bool {
+        !self.thread.is_finished()
+    }
+
+    /// Closes it, and waits for what it is doing. With `gone`, the driver domain is: what it had mapped is unmapped.
+    pub fn close(self, gone: bool) {
+        if gone {
+            let _ = std::io::Write::write(&mut &self.bell, &[GONE]);
+        }
+        drop(self.bell);
+        let _ = self.thread.join();
+    }
+}
+
+/// The byte that says that the driver domain is gone.
+const GONE: u8 = 2;
+
+/// What the bell said.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Bell {
+    Look,
+    Stop,
+    Gone,
+}
+
+fn listen(mut ring: &UnixStream) -> Bell {
+    let (mut bytes, mut said) = ([0; 64], Bell::Look);
+    loop {
+        match ring.read(&mut bytes) {
+            Ok(0) => return if said == Bell::Gone { said } else { Bell::Stop },
+            Ok(count) if bytes.iter().take(count).any(|byte| *byte == GONE) => said = Bell::Gone,
+            Ok(_) => {}
+            Err(_) => return said,
+        }
+    }
+}
+
+fn run(driver: &Driver, sysfs: Sysfs, dir: PathBuf, libdir: Option<&str>, ring: &UnixStream) -> Outcome<()> {
+    let xen = Xen::open(libdir)?;
+    let calls = Calls::open(&xen)?;
+    let mut office = Office::open(&calls, &xen, sysfs, dir, driver);
+    let announced = format!("/local/domain/{}/{CHANNEL}/ring-ref", driver.domid);
+    let mut told = false;
+    loop {
+        // Without an announcement only the bell can bring one.
+        let channel = xen.read(0, &announced).and_then(|_| Channel::open(&xen, driver.domid).ok());
+        let bell = match channel {
+            Some(channel) => {
+                told = false;
+                serve(&mut office, &channel, driver, ring)
+            }
+            None => {
+                let held = xen.read(0, &announced).is_some();
+                if held && !std::mem::replace(&mut told, true) {
+                    eprintln!("xl-pciback: driver domain {:?}: its channel is in use; waiting for it", driver.name);
+                }
+                wait_readable(&[ring.as_raw_fd()], held.then_some(RETRY));
+                listen(ring)
+            }
+        };
+        match bell {
+            Bell::Look => {}
+            Bell::Stop => return Ok(()),
+            Bell::Gone => {
+                office.close();
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// Serves until the bell wants something else than a look.
+fn serve(office: &mut Office<'_>, channel: &Channel, driver: &Driver, ring: &UnixStream) -> Bell {
+    let session = RandomState::new().hash_one(Instant::now()) as u32;
+    if !channel.send(&office.begin(session).encode()) {
+        eprintln!("xl-pciback: driver domain {:?} has no room for a word in its channel: not served", driver.name);
+        wait_readable(&[ring.as_raw_fd()], None);
+        return listen(ring);
+    }
+    eprintln!("xl-pciback: driver domain {:?} (domain {}): connected", driver.name, driver.domid);
+    let fds = [channel.fd(), ring.as_raw_fd()];
+    let mut request = [0; REQUEST];
+    loop {
+        let mut served = 0;
+        while served < TURN && channel.receive(&mut request) {
+            served += 1;
+            if let Some(answer) = office.carry_out(&request) {
+                channel.send(&answer.encode());
+            }
+            let end = Instant::now() + LOOK;
+            while !channel.has_data() && Instant::now() < end {
+                std::hint::spin_loop();
+            }
+        }
+        // A look that costs nothing where the turn was cut short.
+        let timeout = (served == TURN).then_some(Duration::ZERO);
+        let ready = wait_readable(&fds, timeout);
+        if ready.first() == Some(&true) {
+            channel.take_event();
+        }
+        if ready.get(1) == Some(&true) {
+            match listen(ring) {
+                Bell::Look => {}
+                other => return other,
+            }
+        }
+    }
+}

@@ -1,0 +1,470 @@
+//! `xl-pciback serve`: what dom0 does all the time. It carries out for the driver domains what Xen lets only dom0 do
+//! ([`desk`], [`office`]), and keeps the promises of their configurations: a function with `guest=NAME` is
+//! attached whenever that guest runs ([`promises`]).
+//!
+//! It waits for events: xenstore watches, channels, the end of attachments, signals. Everything that is there when it
+//! starts is found, so it can be ended and started at any point.
+
+pub mod desk;
+pub mod journal;
+pub mod office;
+pub mod promises;
+pub mod rules;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
+
+use pciback::sbdf::Sbdf;
+
+use self::desk::Desk;
+use self::promises::{Known, Server, Step, View, plan};
+use crate::attach::{self, Host, quarantine};
+use crate::detach::{self, detach};
+use crate::domains::{Domains, Driver, Xl};
+use crate::error::{Failure, Outcome, errno};
+use crate::nodes::{self, DOMID_IO, Link, told};
+use crate::sysfs::Sysfs;
+use crate::xen::events::wait_readable;
+use crate::xen::{self, Store, Xen, transaction};
+
+/// Where dom0's other commands see that this one runs: its process number.
+pub const NODE: &str = "/pciback/serve";
+
+/// The least time between two looks at everything that driver domains' words bring about.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// After which times a guest that has not begun to connect is told once more. Linux's xenbus lists its devices before it
+/// watches for new ones, so what comes in between is missed.
+const REMINDERS: [Duration; 3] = [Duration::from_secs(3), Duration::from_secs(15), Duration::from_secs(60)];
+
+/// After which times a failed attachment is tried again, if nothing changes before.
+const RETRIES: [Duration; 3] = [Duration::from_secs(5), Duration::from_secs(30), Duration::from_secs(120)];
+
+/// One attachment: driver domain, guest, function.
+type Key = (u32, u32, Sbdf);
+
+/// How an attachment failed.
+#[derive(Clone, Debug)]
+struct Failed {
+    times: usize,
+    again: Option<Instant>,
+    /// What the driver domain said of the function then.
+    state: String,
+}
+
+/// What a thread that attaches tells.
+struct Done {
+    key: Key,
+    outcome: Outcome<String>,
+}
+
+/// Options of `serve`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// The folder of Xen's libraries.
+    pub libdir: Option<String>,
+}
+
+/// The running service.
+struct Serve<'a> {
+    xen: &'a Xen,
+    sysfs: &'a Sysfs,
+    options: Options,
+    drivers: Vec<Driver>,
+    /// Domains that are watched.
+    watched: BTreeSet<u32>,
+    /// The drivers are to be asked for anew.
+    stale: bool,
+    desks: BTreeMap<u32, Desk>,
+    /// Guests with a thread that attaches.
+    busy: BTreeSet<u32>,
+    failed: BTreeMap<Key, Failed>,
+    /// Guests to remind: when, and how often it was done.
+    reminders: BTreeMap<(u32, u32), (Instant, usize)>,
+    results: (Sender<Done>, Receiver<Done>),
+    /// Rung by threads that are done.
+    bell: (UnixStream, UnixStream),
+}
+
+/// Runs until SIGTERM, SIGINT or SIGHUP.
+///
+/// # Errors
+/// What it cannot begin without.
+pub fn serve(xen: &Xen, sysfs: &Sysfs, options: Options) -> Outcome<()> {
+    let fail = |what: &str, error: std::io::Error| Failure::new(format!("{what}: {error}"), "see dmesg");
+    std::fs::create_dir_all(nodes::JOURNALS).map_err(|error| fail(nodes::JOURNALS, error))?;
+    alone(xen)?;
+    let pair = || UnixStream::pair().map_err(|error| fail("a pair of sockets", error));
+    let (wake, woken) = pair()?;
+    xen::wake_on_signal(&wake);
+    let mut serve = Serve {
+        xen,
+        sysfs,
+        options,
+        drivers: Vec::new(),
+        watched: BTreeSet::new(),
+        stale: true,
+        desks: BTreeMap::new(),
+        busy: BTreeSet::new(),
+        failed: BTreeMap::new(),
+        reminders: BTreeMap::new(),
+        results: channel(),
+        bell: pair()?,
+    };
+    serve.bell.1.set_nonblocking(true).map_err(|error| fail("a socket", error))?;
+    for node in ["@introduceDomain", "@releaseDomain", nodes::RECORDS] {
+        xen.watch(node, "change").map_err(|number| {
+            Failure::new(format!("xenstore refuses a watch on {node}: {}", errno(number)), "see whether xenstored runs")
+        })?;
+    }
+    eprintln!("xl-pciback: serving");
+    let ended = serve.run(&woken);
+    eprintln!("xl-pciback: ending");
+    for (_, desk) in std::mem::take(&mut serve.desks) {
+        desk.close(false);
+    }
+    let _ = xen.remove(0, NODE);
+    ended
+}
+
+/// Whether a serve runs, by the note it leaves.
+pub fn is_running<S: Store + ?Sized>(store: &S) -> bool {
+    let process = store.read(0, NODE).and_then(|text| text.parse::<u32>().ok());
+    process.is_some_and(|process| {
+        let name = std::fs::read_to_string(format!("/proc/{process}/comm")).unwrap_or_default();
+        name.trim_end() == "xl-pciback"
+    })
+}
+
+/// Makes this the only one.
+fn alone(xen: &Xen) -> Outcome<()> {
+    if is_running(xen) && xen.read(0, NODE) != Some(std::process::id().to_string()) {
+        return Err(Failure::new(
+            format!("another xl-pciback serve runs (process {})", xen.read(0, NODE).unwrap_or_default()),
+            "end that one first: systemctl stop xl-pciback, or kill",
+        ));
+    }
+    xen.write(0, NODE, &std::process::id().to_string()).map_err(|number| {
+        Failure::new(format!("xenstore refuses a note: {}", errno(number)), "see whether xenstored runs")
+    })
+}
+
+impl Serve<'_> {
+    fn host(&self) -> Host<'_> {
+        Host {
+            xen: self.xen,
+            store: self.xen,
+            sysfs: self.sysfs,
+            domains: &Xl,
+            patience: attach::PATIENCE,
+            journals: Path::new(nodes::JOURNALS).to_path_buf(),
+        }
+    }
+
+    fn run(&mut self, woken: &UnixStream) -> Outcome<()> {
+        let fds = [self.xen.as_raw_fd(), self.bell.1.as_raw_fd(), woken.as_raw_fd()];
+        let mut looked = Instant::now();
+        // When to look at everything again.
+        let mut look = Some(Instant::now());
+        while !xen::interrupted() {
+            let now = Instant::now();
+            if look.is_some_and(|due| due <= now) {
+                look = None;
+                looked = now;
+                self.reconcile();
+            }
+            let next = [look, self.next_deadline()].into_iter().flatten().min();
+            let ready = wait_readable(&fds, next.map(|due| due.saturating_duration_since(Instant::now())));
+            let mut changed = false;
+            while let Some((path, token)) = self.xen.next_event().map_err(|number| {
+                Failure::new(format!("the connection to xenstored is lost: {}", errno(number)), "start serve again")
+            })? {
+                changed |= self.note(&path, &token);
+            }
+            if ready.get(1) == Some(&true) {
+                let _ = std::io::Read::read(&mut &self.bell.1, &mut [0; 64]);
+            }
+            while let Ok(done) = self.results.1.try_recv() {
+                changed = true;
+                self.attached(done);
+            }
+            changed |= self.is_due();
+            if changed {
+                look.get_or_insert(looked + PAUSE);
+            }
+        }
+        Ok(())
+    }
+
+    /// A watch has fired. True if everything is to be looked at.
+    fn note(&mut self, path: &str, token: &str) -> bool {
+        match token.split_once(' ') {
+            None => {
+                self.stale |= path.starts_with('@');
+                true
+            }
+            Some(("name", _)) => true,
+            Some(("driver", domid)) => {
+                let domid = domid.parse().unwrap_or(0);
+                match self.desks.get(&domid) {
+                    Some(desk) if path.contains("/channel/") => desk.ring(),
+                    // It was created before its configuration could be read.
+                    _ => self.stale |= !self.drivers.iter().any(|driver| driver.domid == domid),
+                }
+                // Counters are nothing to act on.
+                path.ends_with("/state") || path.ends_with("/mode") || path.ends_with("/data/pciback")
+            }
+            Some(_) => false,
+        }
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        let retries = self.failed.values().filter_map(|failed| failed.again);
+        retries.chain(self.reminders.values().map(|(due, _)| *due)).min()
+    }
+
+    /// Something is due: reminds guests, and lets failed attachments be tried again. True if those are to be looked at.
+    fn is_due(&mut self) -> bool {
+        let now = Instant::now();
+        let due: Vec<(u32, u32)> =
+            self.reminders.iter().filter(|(_, (due, _))| *due <= now).map(|(link, _)| *link).collect();
+        for (driver, guest) in due {
+            self.remind(Link { driver, guest });
+        }
+        self.failed.values().any(|failed| failed.again.is_some_and(|again| again <= now))
+    }
+
+    /// A guest whose frontend has not begun to connect may have missed that it has a device: its node is written again.
+    fn remind(&mut self, link: Link) {
+        let key = (link.driver, link.guest);
+        let Some((_, times)) = self.reminders.remove(&key) else { return };
+        if self.xen.read(0, &link.front("state")).as_deref() != Some("1") {
+            return;
+        }
+        let again = transaction(self.xen, |tx| match self.xen.read(tx, &link.front("state")).as_deref() {
+            Some("1") => self.xen.write(tx, &link.front("state"), "1"),
+            _ => Ok(()),
+        });
+        if let (Ok(()), Some(time)) = (again, REMINDERS.get(times + 1)) {
+            self.reminders.insert(key, (Instant::now() + *time, times + 1));
+        }
+    }
+
+    /// Looks at everything and does what follows.
+    fn reconcile(&mut self) {
+        if self.stale {
+            match Xl.drivers() {
+                Ok(drivers) => {
+                    self.stale = false;
+                    self.drivers = drivers;
+                }
+                // Domains come and go while xl looks; the next event, or the next look, finds them.
+                Err(failure) => eprintln!("{failure}"),
+            }
+        }
+        let view = self.view();
+        self.watch_domains(&view);
+        let gone: Vec<u32> = self.desks.keys().filter(|domid| !view.domains.contains_key(domid)).copied().collect();
+        for domid in gone {
+            if let Some(desk) = self.desks.remove(&domid) {
+                desk.close(false);
+            }
+        }
+        self.failed
+            .retain(|(driver, guest, _), _| view.domains.contains_key(driver) && view.domains.contains_key(guest));
+        self.reminders
+            .retain(|(driver, guest), _| view.domains.contains_key(driver) && view.domains.contains_key(guest));
+        let mut held_up = BTreeSet::new();
+        for step in plan(&view) {
+            match step {
+                Step::Forget { sbdf, guest, driver } => self.forget(sbdf, guest, driver),
+                Step::Orphan { sbdf, guest } => {
+                    if !self.orphan(sbdf, guest) {
+                        held_up.insert(sbdf);
+                    }
+                }
+                Step::Attach { .. } => {}
+            }
+        }
+        // What guests have from before is settled now: a new driver domain may have the functions.
+        let newcomers: Vec<Driver> =
+            self.drivers.iter().filter(|driver| view.domains.contains_key(&driver.domid)).cloned().collect();
+        for driver in newcomers {
+            let ready = !driver.config.devices.iter().any(|device| held_up.contains(&device.sbdf));
+            self.desks.retain(|_, desk| desk.is_open());
+            if ready && !self.desks.contains_key(&driver.domid) {
+                let dir = Path::new(nodes::JOURNALS).to_path_buf();
+                match Desk::open(&driver, self.sysfs, dir, self.options.libdir.clone()) {
+                    Ok(desk) => drop(self.desks.insert(driver.domid, desk)),
+                    Err(error) => eprintln!("xl-pciback: driver domain {:?} is not served: {error}", driver.name),
+                }
+            }
+        }
+        self.attach(&self.view());
+    }
+
+    /// What is there now.
+    fn view(&self) -> View {
+        let store = self.xen;
+        let domains: BTreeMap<u32, String> = store
+            .list(0, "/local/domain")
+            .into_iter()
+            .filter_map(|domid| domid.parse().ok())
+            .filter(|domid| *domid != 0)
+            .map(|domid| (domid, nodes::name_of(store, domid)))
+            .collect();
+        let number = |sbdf, node: &str| store.read(0, &nodes::record(sbdf, node)).and_then(|text| text.parse().ok());
+        let known = |driver: u32, sbdf: Sbdf| {
+            let holder: Option<u32> = number(sbdf, "domid");
+            Known {
+                state: told(store, &nodes::published(driver, sbdf, "state")).unwrap_or_default(),
+                listed: holder.is_some_and(|guest| Link { driver, guest }.index_of(store, 0, sbdf).is_some()),
+                holder,
+                released: number(sbdf, "released"),
+            }
+        };
+        let running = self.drivers.iter().filter(|driver| domains.contains_key(&driver.domid));
+        let servers: Vec<Server> = running
+            .map(|driver| Server {
+                mode: told(store, &format!("/local/domain/{}/data/pciback/mode", driver.domid)).unwrap_or_default(),
+                functions: driver.config.devices.iter().map(|d| (d.sbdf, known(driver.domid, d.sbdf))).collect(),
+                driver: driver.clone(),
+            })
+            .collect();
+        let records = store.list(0, nodes::RECORDS).into_iter().filter_map(|folder| nodes::of_folder(&folder));
+        let lost = records
+            .filter(|sbdf| !servers.iter().any(|server| server.functions.contains_key(sbdf)))
+            .filter_map(|sbdf| Some((sbdf, number(sbdf, "domid")?)))
+            .collect();
+        View { domains, servers, lost }
+    }
+
+    /// Watches the name of every domain, and what a driver domain says.
+    fn watch_domains(&mut self, view: &View) {
+        let nodes = |domid: u32| {
+            [
+                (format!("/local/domain/{domid}/name"), format!("name {domid}")),
+                (format!("/local/domain/{domid}/data/pciback"), format!("driver {domid}")),
+            ]
+        };
+        let gone: Vec<u32> = self.watched.iter().filter(|domid| !view.domains.contains_key(domid)).copied().collect();
+        for domid in gone {
+            self.watched.remove(&domid);
+            for (node, token) in nodes(domid) {
+                let _ = self.xen.unwatch(&node, &token);
+            }
+        }
+        for domid in view.domains.keys() {
+            if !self.watched.insert(*domid) {
+                continue;
+            }
+            for (node, token) in nodes(*domid) {
+                if let Err(number) = self.xen.watch(&node, &token) {
+                    eprintln!("xl-pciback: warning: xenstore refuses a watch on {node}: {}", errno(number));
+                }
+            }
+        }
+    }
+
+    /// The guest is gone: its entry in the driver domain's list goes, and the function into quarantine.
+    fn forget(&self, sbdf: Sbdf, guest: u32, driver: Option<u32>) {
+        let gone = transaction(self.xen, |tx| {
+            for node in ["domid", "released"] {
+                self.xen.remove(tx, &nodes::record(sbdf, node))?;
+            }
+            match driver {
+                Some(driver) => self.xen.remove(tx, &format!("/local/domain/{driver}/backend/pci/{guest}")),
+                None => Ok(()),
+            }
+        });
+        journal::forget(Path::new(nodes::JOURNALS), sbdf, guest);
+        let quarantined = quarantine(&self.host(), sbdf);
+        let problem = gone.err().map(|number| format!("xenstore: {}", errno(number)));
+        // Xen itself has put it there, if it could; what keeps it out is found when it is attached.
+        let problem = problem.or(quarantined.err().map(|number| format!("domain {DOMID_IO}: {}", errno(number))));
+        match problem {
+            None => eprintln!("xl-pciback: {sbdf}: guest {guest} has ended"),
+            Some(problem) => eprintln!("xl-pciback: warning: {sbdf}: guest {guest} has ended, but {problem}"),
+        }
+    }
+
+    /// Takes a function from a guest whose driver domain is gone. False if it could not be done.
+    fn orphan(&self, sbdf: Sbdf, guest: u32) -> bool {
+        eprintln!(
+            "xl-pciback: {sbdf}: its driver domain is another one now: guest {guest} gets it again from that one"
+        );
+        let options = detach::Options { driver: None, force: true, timeout: Duration::from_secs(1) };
+        match detach(&self.host(), &guest.to_string(), sbdf, &options) {
+            Ok(done) => eprintln!("xl-pciback: {done}"),
+            Err(failure) => {
+                eprintln!("{failure}");
+                return false;
+            }
+        }
+        // That was nobody's wish to keep it from the guest.
+        let _ = self.xen.remove(0, &nodes::record(sbdf, "released"));
+        true
+    }
+
+    /// Starts the attachments that are due, one a guest at a time.
+    fn attach(&mut self, view: &View) {
+        let now = Instant::now();
+        for step in plan(view) {
+            let Step::Attach { guest, sbdf, driver, domid } = step else { continue };
+            let key = (domid, guest, sbdf);
+            let server = view.servers.iter().find(|server| server.driver.domid == domid);
+            let state = server.and_then(|server| server.functions.get(&sbdf)).map(|known| known.state.clone());
+            let waits = self.failed.get(&key).is_some_and(|failed| {
+                state.as_ref() == Some(&failed.state) && failed.again.is_none_or(|again| again > now)
+            });
+            if waits || !self.busy.insert(guest) {
+                continue;
+            }
+            let (results, libdir, sysfs) = (self.results.0.clone(), self.options.libdir.clone(), self.sysfs.clone());
+            let Ok(bell) = self.bell.0.try_clone() else { continue };
+            let body = move || {
+                let outcome = attach_one(libdir.as_deref(), &sysfs, guest, sbdf, driver);
+                let _ = results.send(Done { key, outcome });
+                let _ = std::io::Write::write(&mut &bell, &[1]);
+            };
+            let started = std::thread::Builder::new().name("attach".into()).stack_size(512 << 10).spawn(body);
+            if let Err(error) = started {
+                eprintln!("xl-pciback: {sbdf}: no thread to attach it: {error}");
+                self.busy.remove(&guest);
+            }
+        }
+    }
+
+    fn attached(&mut self, done: Done) {
+        let Done { key, outcome } = done;
+        let (domid, guest, sbdf) = key;
+        self.busy.remove(&guest);
+        match outcome {
+            Ok(text) => {
+                eprintln!("xl-pciback: {text}");
+                self.failed.remove(&key);
+                self.reminders.insert((domid, guest), (Instant::now() + REMINDERS[0], 0));
+            }
+            Err(failure) => {
+                eprintln!("{failure}");
+                let times = self.failed.get(&key).map_or(0, |failed| failed.times);
+                let state = told(self.xen, &nodes::published(domid, sbdf, "state")).unwrap_or_default();
+                let again = RETRIES.get(times).map(|time| Instant::now() + *time);
+                self.failed.insert(key, Failed { times: times + 1, again, state });
+            }
+        }
+    }
+}
+
+/// Attaches one function, with connections of its own.
+fn attach_one(libdir: Option<&str>, sysfs: &Sysfs, guest: u32, sbdf: Sbdf, driver: String) -> Outcome<String> {
+    let xen = Xen::open(libdir)?;
+    let journals = Path::new(nodes::JOURNALS).to_path_buf();
+    let host = Host { xen: &xen, store: &xen, sysfs, domains: &Xl, patience: attach::PATIENCE, journals };
+    let options = attach::Options { driver: Some(driver), permissive: false };
+    attach::attach(&host, &guest.to_string(), sbdf, &options)
+}

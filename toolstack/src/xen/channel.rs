@@ -1,0 +1,95 @@
+//! dom0's end of the channel to a driver domain, by libxenvchan. What comes through it is the driver domain's word:
+//! whole messages, looked at by [`crate::serve`].
+
+use std::ffi::{CString, c_char, c_int, c_void};
+
+use libloading::Library;
+use pciback::delegate::message::{ANSWER, CHANNEL, REQUEST};
+
+use super::Xen;
+use crate::error::{Failure, Outcome};
+
+/// Requests thrown away when a channel is taken over: as many as it holds.
+const LEFT_OVER: usize = 64;
+
+/// An open channel.
+pub struct Channel {
+    library: Library,
+    control: *mut c_void,
+}
+
+impl Channel {
+    /// Connects to the end that domain `domid` has announced.
+    ///
+    /// # Errors
+    /// There is none, or another program is connected to it.
+    pub fn open(xen: &Xen, domid: u32) -> Outcome<Channel> {
+        let library = xen.library(&format!("libxenvchan.so.{}", xen.release()))?;
+        let missing = |_| Failure::new("libxenvchan lacks a function", "report the Xen release to the project");
+        let init = function!(library, "libxenvchan_client_init", fn(*mut c_void, c_int, *const c_char) -> *mut c_void)
+            .map_err(missing)?;
+        let path = CString::new(format!("/local/domain/{domid}/{CHANNEL}")).unwrap_or_default();
+        let number = c_int::try_from(domid).unwrap_or(c_int::MAX);
+        // SAFETY: a null logger is allowed; the path is a live C string.
+        let control = unsafe { init(std::ptr::null_mut(), number, path.as_ptr()) };
+        if control.is_null() {
+            return Err(Failure::new(
+                format!("the channel of domain {domid} cannot be opened"),
+                "see whether another xl-pciback serve runs",
+            ));
+        }
+        let channel = Channel { library, control };
+        // What the last one left unread is not for this one.
+        let mut request = [0; REQUEST];
+        (0..LEFT_OVER).find(|_| !channel.receive(&mut request));
+        Ok(channel)
+    }
+
+    /// Takes a request, if a whole one has come.
+    pub fn receive(&self, request: &mut [u8; REQUEST]) -> bool {
+        if !self.has_data() {
+            return false;
+        }
+        let call = function!(self.library, "libxenvchan_recv", fn(*mut c_void, *mut c_void, usize) -> c_int);
+        // SAFETY: an open channel; the buffer has the size that is said.
+        call.is_ok_and(|recv| unsafe { recv(self.control, request.as_mut_ptr().cast(), REQUEST) } == REQUEST as c_int)
+    }
+
+    /// Whether a whole request has come. If not, an event tells when one may have.
+    pub fn has_data(&self) -> bool {
+        let call = function!(self.library, "libxenvchan_data_ready", fn(*mut c_void) -> c_int);
+        // SAFETY: an open channel.
+        call.is_ok_and(|ready| unsafe { ready(self.control) } >= REQUEST as c_int)
+    }
+
+    /// Sends an answer. One for which there is no room is lost: a driver domain that does not read waits for none.
+    pub fn send(&self, answer: &[u8; ANSWER]) -> bool {
+        let call = function!(self.library, "libxenvchan_send", fn(*mut c_void, *const c_void, usize) -> c_int);
+        // SAFETY: an open channel; the buffer has the size that is said.
+        call.is_ok_and(|send| unsafe { send(self.control, answer.as_ptr().cast(), ANSWER) } == ANSWER as c_int)
+    }
+
+    /// Becomes readable when [`Channel::has_data`] may have changed.
+    pub fn fd(&self) -> c_int {
+        let call = function!(self.library, "libxenvchan_fd_for_select", fn(*mut c_void) -> c_int);
+        // SAFETY: an open channel.
+        call.map_or(-1, |fd| unsafe { fd(self.control) })
+    }
+
+    /// Takes the event that made [`Channel::fd`] readable. Waits if there is none.
+    pub fn take_event(&self) {
+        if let Ok(wait) = function!(self.library, "libxenvchan_wait", fn(*mut c_void) -> c_int) {
+            // SAFETY: an open channel.
+            unsafe { wait(self.control) };
+        }
+    }
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        if let Ok(close) = function!(self.library, "libxenvchan_close", fn(*mut c_void) -> ()) {
+            // SAFETY: our channel, used no more.
+            unsafe { close(self.control) };
+        }
+    }
+}
