@@ -535,7 +535,10 @@ fn list_function(
             return Err(ENOSPC);
         }
         write(&nodes::record(sbdf, "domid"), &domid.to_string())?;
-        host.store.remove(tx, &nodes::record(sbdf, "released"))?;
+        let released = nodes::record(sbdf, "released");
+        if host.store.read(tx, &released).is_some() {
+            host.store.remove(tx, &released)?;
+        }
         if count.is_none() {
             for folder in ["backend", "backend/pci", &format!("backend/pci/{domid}")] {
                 let path = format!("/local/domain/{driver}/{folder}");

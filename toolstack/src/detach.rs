@@ -41,15 +41,23 @@ pub fn detach(host: &Host<'_>, guest: &str, sbdf: Sbdf, options: &Options) -> Ou
     if let (Err(failure), true) = (&driver, options.driver.is_some()) {
         return Err(failure.clone());
     }
+    let promised = driver.as_ref().is_ok_and(|driver| driver.entry(sbdf).is_some_and(|entry| entry.guest.is_some()));
     let link = driver.ok().map(|driver| Link { driver: driver.domid, guest: guest.domid });
     match link.and_then(|link| Some((link.index_of(host.store, 0, sbdf)?, link))) {
-        Some((_, link)) => ask(host, &link, &guest, &function, options),
+        Some((_, link)) => ask(host, &link, &guest, &function, promised, options),
         None => orphan(host, &guest, &function, options),
     }
 }
 
 /// The usual way: the guest is asked, and what it used goes once it has let go.
-fn ask(host: &Host<'_>, link: &Link, guest: &Guest, function: &Function, options: &Options) -> Outcome<String> {
+fn ask(
+    host: &Host<'_>,
+    link: &Link,
+    guest: &Guest,
+    function: &Function,
+    promised: bool,
+    options: &Options,
+) -> Outcome<String> {
     let sbdf = function.sbdf;
     let end = Instant::now() + options.timeout;
     let left = || end.saturating_duration_since(Instant::now());
@@ -88,11 +96,13 @@ fn ask(host: &Host<'_>, link: &Link, guest: &Guest, function: &Function, options
         ));
     }
     let others = rights::others(host, guest.domid, sbdf);
+    if promised {
+        // Before it is free: `serve` would give it to this guest again.
+        let _ = host.store.write(0, &nodes::record(sbdf, "released"), &guest.domid.to_string());
+    }
     let withdrawn = withdraw(host, link, sbdf);
     // A function that was taken by force has not been handed over; one that was released has.
     let clean = released.is_some() && resets_itself(host, link.driver, sbdf);
-    // `serve` does not give it to this guest again.
-    let _ = host.store.write(0, &nodes::record(sbdf, "released"), &guest.domid.to_string());
     finish(host, guest, function, &others, withdrawn, clean)
 }
 

@@ -233,7 +233,7 @@ fn a_failure_inside_xen_leaves_nothing_behind_either() {
 #[test]
 fn a_table_that_is_not_prepared_any_more_fails_once() {
     let (mut rig, guest) = started(Card::PLAIN);
-    rig.world.xen.release_msix(nic()).unwrap();
+    rig.world.as_dom0(|xen| xen.release_msix(nic())).unwrap();
     assert_eq!(guest.enable_msix(&mut rig, &[0]), Err(-5));
     assert!(!rig.world.xen.host_maskall(nic()) && rig.world.xen.prepared(nic()));
     let vectors = guest.enable_msix(&mut rig, &[0]).expect("prepared again");

@@ -376,7 +376,7 @@ fn what_is_in_force_is_logged_at_start() {
     listen();
     let _rig = boot("dev=0000:01:00.0,guest=db1,msi=off dev=0000:02:00.0,permissive");
     let told = |what: &str| heard().iter().any(|line| line.contains(what));
-    assert!(told("mode direct: "), "{:#?}", heard());
+    assert!(told(if model::delegated() { "mode delegated: " } else { "mode direct: " }), "{:#?}", heard());
     assert!(told("0000:01:00.0: 8086:100e, reset dom0, for guest \"db1\" only, msi=off"), "{:#?}", heard());
     assert!(told("0000:02:00.0: 8086:100e, reset dom0, for any guest, permissive"), "{:#?}", heard());
 }

@@ -282,7 +282,7 @@ fn what_xen_unmapped_before_is_no_error() {
         guest.die(stage);
         if stage == Stage::Deassigned {
             for pirq in rig.world.xen.pirqs(1) {
-                rig.world.xen.unmap(1, pirq).expect("mapped until now");
+                rig.world.as_dom0(|xen| xen.unmap(1, pirq)).expect("mapped until now");
             }
         }
         rig.forget();
@@ -481,7 +481,9 @@ fn a_driver_domain_that_starts_again_takes_over_what_it_left_behind() {
         world.events.borrow_mut().clear();
         rig = boot_in(world, ONE);
         assert_eq!((rig.state(NIC).as_str(), control(&rig)), ("ready", 0x0004), "{card:?}");
-        assert_eq!(rig.acts(NIC)[..3], [Act::Prepare, Act::Release, Act::Prepare], "{card:?}");
+        // In delegated mode, after its own call was refused.
+        let first = usize::from(model::delegated());
+        assert_eq!(rig.acts(NIC)[first..][..3], [Act::Prepare, Act::Release, Act::Prepare], "{card:?}");
         at_work(&mut rig, 2);
         assert_eq!(delivered(&rig), [true; 3], "{card:?}");
     }
@@ -490,6 +492,10 @@ fn a_driver_domain_that_starts_again_takes_over_what_it_left_behind() {
 /// The driver domain crashed and its guest lives: its card goes on working, and nothing of it is touched.
 #[test]
 fn a_card_whose_guest_outlived_the_driver_domain_is_left_alone() {
+    if model::delegated() {
+        // dom0 knows what is mapped, and takes the card from the guest first: see delegated.rs.
+        return;
+    }
     for card in CARDS {
         let mut rig = boot_with(card);
         let guest = at_work(&mut rig, 1);
@@ -523,6 +529,10 @@ fn a_card_whose_guest_outlived_the_driver_domain_is_left_alone() {
 /// clears it when it takes the vector back.
 #[test]
 fn a_card_with_msi_on_whose_guest_outlived_the_driver_domain_is_left_alone() {
+    if model::delegated() {
+        // dom0 knows what is mapped, and takes the card from the guest first: see delegated.rs.
+        return;
+    }
     for card in [Card::MSI_ONLY, Card::MSI_SIMPLE, Card::BOTH, Card::FULL] {
         let mut rig = boot_with(card);
         let mut guest = rig.attach(1, &[NIC]);

@@ -26,11 +26,12 @@ cargo xtask COMMAND [OPTIONS]      (each command has --help)
 
 const HELP_IMAGE: &str = "cargo xtask image\n\nBuilds and strips the image; the last line is its path.\n";
 const HELP_RIG: &str = "\
-cargo xtask rig [--release bookworm|trixie|all] [--xen stock|changed] [--xen-args WORDS] [--list] [--shell] [SCENARIO...]
+cargo xtask rig [--release bookworm|trixie|all] [--xen stock|changed] [--boot KIND] [--xen-args WORDS] [--list] [--shell] [SCENARIO...]
 
   --release   which Debian release's Xen and Linux (default: bookworm)
   --xen       run on the release's own hypervisor, or on the one of `cargo xtask xen` (default: on those that each
               scenario is for)
+  --boot      only this kind of machine: mmcfg=0, plain or changed
   --xen-args  more words for Xen's command line
   --list      print the scenarios
   --shell     boot to a shell in dom0 instead
@@ -84,6 +85,7 @@ fn main() -> ExitCode {
 struct Words {
     release: Option<String>,
     hypervisor: Option<Hypervisor>,
+    only: Option<Boot>,
     force: bool,
     xen_args: String,
     list: bool,
@@ -128,6 +130,11 @@ fn command() -> Result<ExitCode> {
             }
             ("rig" | "bench" | "compare" | "xen", Long("release")) => words.release = Some(parser.value()?.string()?),
             ("rig" | "bench", Long("xen")) => words.hypervisor = Some(Hypervisor::parse(&parser.value()?.string()?)?),
+            ("rig", Long("boot")) => {
+                let name = parser.value()?.string()?;
+                let found = Boot::ALL.into_iter().find(|boot| boot.name() == name);
+                words.only = Some(found.ok_or_else(|| fail!("--boot {name}: mmcfg=0, plain or changed"))?);
+            }
             ("xen", Long("force")) => words.force = true,
             ("rig", Long("xen-args")) => words.xen_args = parser.value()?.string()?,
             ("rig", Long("list")) => words.list = true,
@@ -207,10 +214,17 @@ fn rig_command(words: &Words) -> Result<ExitCode> {
     for release in releases {
         let mut todo = Vec::new();
         for scenario in &chosen {
-            let fits = |boot: &Boot| words.hypervisor.is_none_or(|wanted| runner::hypervisor(*boot) == wanted);
+            let fits = |boot: &Boot| {
+                words.hypervisor.is_none_or(|wanted| runner::hypervisor(*boot) == wanted)
+                    && words.only.is_none_or(|wanted| wanted == *boot)
+            };
             let boots: Vec<Boot> = scenario.boots.iter().copied().filter(fits).collect();
             // A scenario that is named is tried where it was not made for, too.
-            let boots = if boots.is_empty() && !words.scenarios.is_empty() { vec![words.boot()] } else { boots };
+            let boots = if boots.is_empty() && !words.scenarios.is_empty() {
+                vec![words.only.unwrap_or(words.boot())]
+            } else {
+                boots
+            };
             todo.extend(boots.into_iter().map(|boot| (boot, *scenario)));
         }
         lines.extend(runner::run(&built, release, &todo, &words.xen_args));
@@ -269,6 +283,10 @@ fn test(long: bool) -> Result<ExitCode> {
         }
         Err(error) => Line::of("host", "unit tests", || Err(error.into())),
     });
+    // The same tests with dom0's tool in the place of the hypercalls: kernel/pciback/tests/delegated.rs.
+    let mut again = cargo();
+    again.args(["test", "--quiet", "-p", "pciback", "--tests"]).env("PCIBACK_DELEGATED", "1");
+    lines.push(host("delegated tests", &mut again));
     lines.push(Line::of("host", "elf gate", gate));
     match Built::new() {
         Ok(built) => {

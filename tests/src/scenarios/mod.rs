@@ -83,11 +83,11 @@ const fn scenario(
 }
 
 /// Where configuration writes need no change of Xen's.
-const STOCK: &[Boot] = &[Boot::Writable];
+const STOCK: &[Boot] = &[Boot::Writable, Boot::Plain];
 /// What needs our domain's own hypercalls.
 const DIRECT: &[Boot] = &[Boot::Plain, Boot::Changed];
 /// Both: the hand-over is another with each.
-const BOTH: &[Boot] = &[Boot::Writable, Boot::Changed];
+const BOTH: &[Boot] = &[Boot::Writable, Boot::Plain, Boot::Changed];
 
 /// All of them.
 pub const ALL: [Scenario; 23] = [

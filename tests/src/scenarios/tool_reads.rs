@@ -22,7 +22,7 @@ fn says(rig: &mut Rig, bdf: &str, words: &[&str]) -> Outcome {
 pub(super) fn run(rig: &mut Rig) -> Outcome {
     let before = rig.store()?;
     for bdf in [NVME, NIC] {
-        says(rig, bdf, &["\"state\":\"ready\"", "\"guest\":null", "\"mode\":\"mmcfg0\""])?;
+        says(rig, bdf, &["\"state\":\"ready\"", "\"guest\":null", &format!("\"mode\":\"{}\"", rig.boot.mode())])?;
     }
     let assignable = rig.must("xl-pciback assignable-list")?;
     check!([NVME, NIC].iter().all(|bdf| assignable.contains(bdf)), "`assignable-list` lacks one of ours: {assignable}");

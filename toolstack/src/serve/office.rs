@@ -372,3 +372,308 @@ fn write(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::{Cell, RefCell};
+
+    const NIC: &str = "0000:01:00.0";
+    const OTHER: &str = "0000:02:00.0";
+    const BAR: u64 = 0xfebc_0000;
+
+    /// Xen and xenstore, which record.
+    #[derive(Default)]
+    struct Fake {
+        calls: RefCell<Vec<String>>,
+        mapped: RefCell<BTreeSet<Mapping>>,
+        next: Cell<Pirq>,
+        fail: Cell<Option<i32>>,
+        guest: Cell<Option<u32>>,
+        reads: Cell<u32>,
+    }
+
+    impl Fake {
+        fn call(&self, text: String) -> Result<(), i32> {
+            self.calls.borrow_mut().push(text);
+            self.fail.get().map_or(Ok(()), Err)
+        }
+    }
+
+    impl Physdev for Fake {
+        fn prepare_msix(&self, sbdf: Sbdf) -> Result<(), i32> {
+            self.call(format!("prepare {sbdf}"))
+        }
+        fn release_msix(&self, sbdf: Sbdf) -> Result<(), i32> {
+            self.call(format!("release {sbdf}"))
+        }
+        fn restore_msi(&self, sbdf: Sbdf) -> Result<(), i32> {
+            self.call(format!("restore {sbdf}"))
+        }
+        fn map(&self, guest: DomId, sbdf: Sbdf, vector: Vector) -> Result<Pirq, i32> {
+            self.call(format!("map {guest} {sbdf} {vector:?}"))?;
+            self.next.set(self.next.get() - 1);
+            self.mapped.borrow_mut().insert((guest, self.next.get()));
+            Ok(self.next.get())
+        }
+        fn unmap(&self, guest: DomId, pirq: Pirq) -> Result<(), i32> {
+            if self.mapped.borrow_mut().remove(&(guest, pirq)) {
+                self.call(format!("unmap {guest} {pirq}"))
+            } else {
+                Err(22)
+            }
+        }
+    }
+
+    impl Store for Fake {
+        fn read(&self, _: u32, path: &str) -> Option<String> {
+            self.reads.set(self.reads.get() + 1);
+            path.ends_with("/0000-01-00-0/domid").then(|| self.guest.get().map(|guest| guest.to_string()))?
+        }
+        fn write(&self, _: u32, _: &str, _: &str) -> Result<(), i32> {
+            unreachable!("an office writes nothing")
+        }
+        fn remove(&self, _: u32, _: &str) -> Result<(), i32> {
+            unreachable!()
+        }
+        fn list(&self, _: u32, _: &str) -> Vec<String> {
+            unreachable!()
+        }
+        fn permit(&self, _: u32, _: &str, _: u32, _: Option<u32>) -> Result<(), i32> {
+            unreachable!()
+        }
+        fn begin(&self) -> Result<u32, i32> {
+            unreachable!()
+        }
+        fn end(&self, _: u32, _: bool) -> Result<(), i32> {
+            unreachable!()
+        }
+    }
+
+    /// A host with two functions, of which the driver domain has one.
+    struct Host {
+        root: PathBuf,
+        fake: Fake,
+        sequence: Cell<u32>,
+    }
+
+    impl Host {
+        fn new(name: &str) -> Host {
+            let root = std::env::temp_dir().join(format!("xl-pciback-office-{}-{name}", std::process::id()));
+            let _ = fs::remove_dir_all(&root);
+            for sbdf in [NIC, OTHER] {
+                let folder = root.join(format!("sys/bus/pci/devices/{sbdf}"));
+                fs::create_dir_all(&folder).unwrap();
+                let mut space = vec![0; 4096];
+                space[..4].copy_from_slice(&[0x86, 0x80, 0xd3, 0x10]);
+                space[6] = 0x10;
+                space[0x10..0x14].copy_from_slice(&(BAR as u32).to_le_bytes());
+                space[0x34] = 0x60;
+                space[0x60..0x64].copy_from_slice(&[0x11, 0, 4, 0]);
+                fs::write(folder.join("config"), space).unwrap();
+                for (file, text) in [
+                    ("vendor", "0x8086\n"),
+                    ("device", "0x10d3\n"),
+                    ("class", "0x020000\n"),
+                    ("irq", "21\n"),
+                    ("reset", ""),
+                    ("driver_override", "pciback-stubdom\n"),
+                    ("resource", "0x00000000febc0000 0x00000000febdffff 0x0000000000040200\n"),
+                ] {
+                    fs::write(folder.join(file), text).unwrap();
+                }
+            }
+            fs::create_dir_all(root.join("journal")).unwrap();
+            let fake = Fake { next: Cell::new(56), guest: Cell::new(Some(7)), ..Fake::default() };
+            Host { root, fake, sequence: Cell::new(0) }
+        }
+
+        fn path(&self, sbdf: &str, file: &str) -> PathBuf {
+            self.root.join(format!("sys/bus/pci/devices/{sbdf}/{file}"))
+        }
+
+        fn office(&self) -> Office<'_> {
+            let (config, _) = pciback::cmdline::parse(&format!("ecam=0000:00-ff@b0000000 dev={NIC}"));
+            let driver = Driver { domid: 2, name: "p0".into(), config };
+            let mut office =
+                Office::open(&self.fake, &self.fake, Sysfs::at(&self.root), self.root.join("journal"), &driver);
+            office.begin(5);
+            office
+        }
+
+        fn ask(&self, office: &mut Office<'_>, function: &str, operation: Operation) -> Result<u32, u32> {
+            self.sequence.set(self.sequence.get() + 1);
+            let function = function.parse().unwrap();
+            let request = Request { session: 5, sequence: self.sequence.get(), function, operation };
+            let answer = office.carry_out(&request.encode()).expect("an answer");
+            assert_eq!((answer.session, answer.sequence), (5, self.sequence.get()));
+            if answer.errno == 0 { Ok(answer.value) } else { Err(answer.errno) }
+        }
+    }
+
+    impl Drop for Host {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.root);
+        }
+    }
+
+    fn write(offset: u16, value: u32) -> Operation {
+        Operation::Write { offset, width: Width::Word, value }
+    }
+
+    fn map(guest: DomId, entry: u16) -> Operation {
+        Operation::Map { guest, vector: Vector::Msix { entry, table_base: BAR } }
+    }
+
+    #[test]
+    fn a_write_reaches_the_function_and_no_other() {
+        let host = Host::new("write");
+        let mut office = host.office();
+        assert_eq!(host.ask(&mut office, NIC, write(4, 0x0406)), Ok(0));
+        assert_eq!(fs::read(host.path(NIC, "config")).unwrap()[4..6], [0x06, 0x04]);
+        assert_eq!(host.ask(&mut office, OTHER, write(4, 0x0406)), Err(EPERM));
+        assert_eq!(fs::read(host.path(OTHER, "config")).unwrap()[4..6], [0, 0]);
+        let moved = Operation::Write { offset: 0x10, width: Width::Dword, value: 0xfee0_0000 };
+        assert_eq!(host.ask(&mut office, NIC, moved), Err(EPERM));
+        let back = Operation::Write { offset: 0x10, width: Width::Dword, value: BAR as u32 };
+        assert_eq!(host.ask(&mut office, NIC, back), Ok(0));
+    }
+
+    #[test]
+    fn a_function_that_dom0_has_itself_is_left_alone() {
+        let host = Host::new("dom0");
+        let mut office = host.office();
+        assert_eq!(host.ask(&mut office, NIC, write(4, 2)), Ok(0));
+        std::os::unix::fs::symlink("../drivers/e1000e", host.path(NIC, "driver")).unwrap();
+        for operation in
+            [write(4, 6), Operation::Prepare, Operation::Release, Operation::Restore, map(7, 0), Operation::Reset]
+        {
+            assert_eq!(host.ask(&mut office, NIC, operation), Err(EBUSY), "{operation:?}");
+        }
+        fs::remove_file(host.path(NIC, "driver")).unwrap();
+        fs::write(host.path(NIC, "driver_override"), "(null)\n").unwrap();
+        assert_eq!(host.ask(&mut office, NIC, write(4, 6)), Err(EBUSY));
+        assert!(host.fake.calls.borrow().is_empty());
+        assert_eq!(fs::read(host.path(NIC, "config")).unwrap()[4], 2);
+    }
+
+    #[test]
+    fn vectors_are_mapped_for_the_guest_that_this_tool_attached_it_to() {
+        let host = Host::new("map");
+        let mut office = host.office();
+        for guest in [0, 1, 8, 0x7ff0] {
+            assert_eq!(host.ask(&mut office, NIC, map(guest, 0)), Err(EPERM), "domain {guest}");
+        }
+        assert_eq!(host.ask(&mut office, OTHER, map(7, 0)), Err(EPERM));
+        let elsewhere = Operation::Map { guest: 7, vector: Vector::Msix { entry: 0, table_base: BAR + 0x1000 } };
+        assert_eq!(host.ask(&mut office, NIC, elsewhere), Err(EINVAL));
+        assert!(host.fake.calls.borrow().is_empty());
+        assert_eq!(host.ask(&mut office, NIC, map(7, 0)), Ok(55));
+        let reads = host.fake.reads.get();
+        assert_eq!(host.ask(&mut office, NIC, map(7, 1)), Ok(54));
+        assert_eq!(host.fake.reads.get(), reads, "the guest is not looked up for each vector");
+        // Another's pirqs, and a guess.
+        for (guest, pirq) in [(7, 53), (8, 55), (0, 55)] {
+            assert_eq!(host.ask(&mut office, NIC, Operation::Unmap { guest, pirq }), Err(EINVAL));
+        }
+        assert_eq!(host.ask(&mut office, NIC, Operation::Unmap { guest: 7, pirq: 55 }), Ok(0));
+        assert_eq!(host.ask(&mut office, NIC, Operation::Unmap { guest: 7, pirq: 55 }), Err(EINVAL));
+        host.fake.fail.set(Some(28));
+        assert_eq!(host.ask(&mut office, NIC, map(7, 2)), Err(28));
+    }
+
+    #[test]
+    fn another_life_unmaps_what_the_driver_domain_does_not_know() {
+        let host = Host::new("settle");
+        let mut office = host.office();
+        for entry in 0..3 {
+            host.ask(&mut office, NIC, map(7, entry)).unwrap();
+        }
+        drop(office);
+        let mut office = host.office();
+        assert_eq!(host.ask(&mut office, NIC, Operation::Keep { guest: 7, pirq: 54 }), Ok(0));
+        assert_eq!(host.ask(&mut office, NIC, Operation::Settle), Ok(0));
+        assert_eq!(host.fake.mapped.borrow().iter().copied().collect::<Vec<_>>(), [(7, 54)]);
+        drop(office);
+        // The last life ended between the call and the note of it.
+        host.fake.mapped.borrow_mut().insert((7, 53));
+        let mut journal = Journal::open(&host.root.join("journal"), NIC.parse().unwrap());
+        journal.begin(7).unwrap();
+        drop(journal);
+        drop(host.office());
+        assert_eq!(host.fake.mapped.borrow().iter().copied().collect::<Vec<_>>(), [(7, 54)]);
+        host.office().close();
+        assert!(host.fake.mapped.borrow().is_empty());
+    }
+
+    #[test]
+    fn requests_of_another_session_are_void_and_nonsense_is_no_request() {
+        let host = Host::new("session");
+        let mut office = host.office();
+        let request = Request { session: 4, sequence: 1, function: NIC.parse().unwrap(), operation: write(4, 6) };
+        assert_eq!(office.carry_out(&request.encode()), None);
+        assert_eq!(office.carry_out(&[0xff; REQUEST]), None);
+        assert_eq!(fs::read(host.path(NIC, "config")).unwrap()[4], 0);
+        let again = Request { session: 0, sequence: 1, function: Sbdf::new(0, 0, 0), operation: Operation::Again };
+        let hello = office.carry_out(&again.encode()).expect("a hello");
+        assert!(hello.is_hello() && hello.session != 5);
+        let request = Request { session: 5, ..request };
+        assert_eq!(office.carry_out(&request.encode()), None);
+    }
+
+    /// Whatever a driver domain sends: nothing happens to a function that is not its own, and no guest but its own gets
+    /// a vector.
+    #[test]
+    fn a_hostile_driver_domain_reaches_nothing_that_is_not_its_own() {
+        let host = Host::new("hostile");
+        let other = fs::read(host.path(OTHER, "config")).unwrap();
+        let mut office = host.office();
+        let mut state = 0x2545_f491_4f6c_dd1du64;
+        let mut random = move || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state
+        };
+        for round in 0..50_000u32 {
+            let mut bytes = [0; REQUEST];
+            for chunk in bytes.chunks_mut(8) {
+                chunk.copy_from_slice(&random().to_le_bytes());
+            }
+            bytes[..4].copy_from_slice(&office.session.to_le_bytes());
+            bytes[12] = (round % 15) as u8;
+            if round % 4 > 0 {
+                // What would pass the first look: small numbers, and zeros where they must be.
+                let function: Sbdf = if round % 8 < 4 { NIC } else { OTHER }.parse().unwrap();
+                bytes[8..12].copy_from_slice(&function.packed().to_le_bytes());
+                bytes[13..32].fill(0);
+                bytes[13] = [0, 1, 2, 4][(random() % 4) as usize];
+                bytes[14] = (random() % 16) as u8;
+                bytes[16..18].copy_from_slice(&((random() % 4100) as u16).to_le_bytes());
+                bytes[20] = random() as u8;
+                if round % 3 == 0 {
+                    bytes[24..32].copy_from_slice(&BAR.to_le_bytes());
+                }
+                if bytes[12] != 1 && bytes[12] != 7 {
+                    bytes[16..18].fill(0);
+                }
+                match bytes[12] {
+                    1 => bytes[14] = 0,
+                    5 => [13, 20, 24, 25, 26, 27].iter().for_each(|at| bytes[*at] = 0),
+                    7 => [13, 20].iter().for_each(|at| bytes[*at] = 0),
+                    _ => {}
+                }
+            }
+            let _ = office.carry_out(&bytes);
+        }
+        assert_eq!(fs::read(host.path(OTHER, "config")).unwrap(), other);
+        let bar = fs::read(host.path(NIC, "config")).unwrap()[0x10..0x14].to_vec();
+        assert_eq!(bar, (BAR as u32).to_le_bytes());
+        let calls = host.fake.calls.borrow();
+        assert!(calls.iter().any(|call| call.starts_with("map 7 ")), "some requests are good");
+        for call in calls.iter() {
+            assert!(!call.contains(OTHER), "{call}");
+            assert!(!call.starts_with("map ") || call.starts_with("map 7 "), "{call}");
+        }
+    }
+}

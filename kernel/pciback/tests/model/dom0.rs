@@ -41,7 +41,8 @@ pub struct Dom0 {
     kept: RefCell<BTreeSet<(Sbdf, DomId, Pirq)>>,
     /// Functions it does not let the driver domain have.
     pub refused: RefCell<BTreeSet<Sbdf>>,
-    /// How long its resets take, and what they answer at the end.
+    /// Its kernel can reset the functions; how long that takes, and what it answers at the end.
+    pub can_reset: Cell<bool>,
     pub reset_time: Cell<Nanos>,
     pub reset_errno: Cell<u32>,
     resetting: RefCell<Option<(Sbdf, Nanos)>>,
@@ -84,11 +85,20 @@ impl World {
         self.carry_out();
     }
 
+    /// What dom0 does by itself.
+    pub fn as_dom0<T>(&self, act: impl FnOnce(&super::Xen) -> T) -> T {
+        self.xen.by_dom0.set(true);
+        let answer = act(&self.xen);
+        self.xen.by_dom0.set(false);
+        answer
+    }
+
     fn unmap_unknown(&self, sbdf: Sbdf, known: &BTreeSet<(Sbdf, DomId, Pirq)>) {
         self.xen.by_dom0.set(true);
         for (guest, pirq, number) in self.xen.mapped(sbdf) {
-            let first = pirq - Pirq::from(number);
-            if !known.contains(&(sbdf, guest, first)) && number == 0 && self.xen.listed(guest) {
+            // Of several vectors of MSI the first stands for all.
+            let known = [pirq, pirq - Pirq::from(number)].iter().any(|pirq| known.contains(&(sbdf, guest, *pirq)));
+            if !known && self.xen.listed(guest) {
                 let _ = self.xen.unmap(guest, pirq);
             }
         }
@@ -154,6 +164,7 @@ impl World {
                 }
                 done.map(|()| 0)
             }
+            Operation::Reset if !dom0.can_reset.get() => Err(2),
             Operation::Reset => {
                 dom0.resetting.replace(Some((sbdf, self.now.get() + dom0.reset_time.get())));
                 Ok(0)

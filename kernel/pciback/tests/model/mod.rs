@@ -289,6 +289,10 @@ pub fn boot_in(world: Rc<World>, cmdline: &str) -> Rig {
         world.hardware.borrow_mut().entry(device.sbdf).or_insert_with(|| Rc::new(Hardware::card(0x8086, 0x100e)));
     }
     world.now.set(world.now.get().max(1_000_000_000_000));
+    if world.dom0.running.get() {
+        // dom0's tool connects to the new driver domain.
+        world.serve();
+    }
     let dom0 = Rc::new(RefCell::new(Delegate::new(End(world.clone()))));
     let physdev = RoutedPhysdev::new(Calls(world.clone()), dom0.clone());
     let machine = Machine { world: world.clone(), store: StoreClient(world.clone()), physdev, dom0 };
@@ -384,10 +388,6 @@ impl Rig {
         world.watches.borrow_mut().clear();
         world.events.borrow_mut().clear();
         world.remove("data/pciback");
-        if world.dom0.running.get() {
-            // dom0's tool connects to the new one.
-            world.serve();
-        }
         boot_in(world, cmdline)
     }
 
