@@ -148,6 +148,12 @@ impl Machine {
         self.channel
     }
 
+    /// Our end of the channel to dom0.
+    #[cfg(feature = "hostile")]
+    pub fn delegate(&self) -> Shared<Dom0Line> {
+        self.dom0.clone()
+    }
+
     /// The xenstore client with all it can do.
     pub fn client(&mut self) -> &mut Client<StoreTransport> {
         &mut self.store.0
@@ -196,9 +202,18 @@ fn channel(table: &mut OwnTable, pending: Pending, shared: Page) -> (Dom0Line, (
         fatal::stop(format_args!("no memory for the channel to dom0: give the domain more memory"));
     }
     // SAFETY: a page of the heap, mapped one to one, that is never given back and used through this value alone.
-    let server = Server::new(unsafe { Page::new(memory) }, port);
+    let page = unsafe { Page::new(memory) };
+    let server = Server::new(page, port);
     let grant = must(table.grant(DOM0, memory as u64 / PAGE_SIZE).ok_or("none is free"), "granting the channel's page");
-    (Dom0Line { server, port: number, pending, shared }, (grant, number))
+    let line = Dom0Line {
+        server,
+        #[cfg(feature = "hostile")]
+        page,
+        port: number,
+        pending,
+        shared,
+    };
+    (line, (grant, number))
 }
 
 /// The event channel a parameter names.
@@ -275,9 +290,20 @@ impl Platform for Machine {
 /// The channel to dom0.
 pub struct Dom0Line {
     server: Server<BoundPort>,
+    #[cfg(feature = "hostile")]
+    page: Page,
     port: Port,
     pending: Pending,
     shared: Page,
+}
+
+#[cfg(feature = "hostile")]
+impl Dom0Line {
+    /// Writes nonsense over all of the shared page, and tells the other end.
+    pub fn scribble(&mut self) {
+        (0..PAGE_SIZE as usize).step_by(8).for_each(|at| self.page.write(at, 0xa5a5_5a5a_dead_beefu64));
+        evtchn::send(self.port);
+    }
 }
 
 impl Line for Dom0Line {

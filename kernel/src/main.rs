@@ -11,9 +11,12 @@ extern crate alloc;
 
 mod boot;
 mod fatal;
+#[cfg(feature = "hostile")]
+mod hostile;
 mod logger;
 mod machine;
 mod memory;
+#[cfg_attr(feature = "hostile", allow(dead_code, reason = "the attack takes its place"))]
 mod run;
 mod traps;
 
@@ -65,6 +68,12 @@ extern "C" fn rust_entry(start_info: u32) -> ! {
     let (config, complaints) = pciback::cmdline::parse(&cmdline);
     logger::set_level(config.log);
     let machine = machine::Machine::new(space, info.ram_end, &config);
+    #[cfg(feature = "hostile")]
+    {
+        let _ = (complaints, entry);
+        hostile::run(machine, &config)
+    }
+    #[cfg(not(feature = "hostile"))]
     run::run(machine, config, complaints, entry)
 }
 

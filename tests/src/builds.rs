@@ -20,7 +20,16 @@ pub struct Image {
 /// Builds the driver domain's image.
 pub fn image() -> Result<Image> {
     say("building the driver domain's image");
-    let dir = root().join("target/image");
+    build_image(root().join("target/image"), &[])
+}
+
+/// Builds the image of a driver domain that attacks dom0's service.
+pub fn hostile() -> Result<PathBuf> {
+    say("building a hostile driver domain's image");
+    build_image(root().join("target/hostile"), &["--features", "hostile"]).map(|image| image.stripped)
+}
+
+fn build_image(dir: PathBuf, more: &[&str]) -> Result<Image> {
     run_shown(
         cargo()
             .args([
@@ -35,6 +44,7 @@ pub fn image() -> Result<Image> {
                 "--target-dir",
             ])
             .arg(&dir)
+            .args(more)
             .env("RUSTFLAGS", "-C relocation-model=static -C no-redzone=yes"),
     )?;
     let full = dir.join(TARGET).join("image/pciback-stubdom");

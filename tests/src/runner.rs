@@ -75,17 +75,24 @@ pub struct Built {
     pub tool: PathBuf,
     /// The image.
     pub image: PathBuf,
+    /// The image of a driver domain that has been taken over.
+    pub hostile: PathBuf,
 }
 
 impl Built {
     /// Builds all of it.
     pub fn new() -> Result<Self> {
-        Ok(Self { agent: builds::agent()?, tool: builds::tool()?, image: builds::image_or_given()? })
+        Ok(Self {
+            agent: builds::agent()?,
+            tool: builds::tool()?,
+            image: builds::image_or_given()?,
+            hostile: builds::hostile()?,
+        })
     }
 
     /// For the initramfs.
     pub fn parts(&self) -> Parts<'_> {
-        Parts { agent: &self.agent, tool: Some(&self.tool), image: Some(&self.image) }
+        Parts { agent: &self.agent, tool: Some(&self.tool), image: Some(&self.image), hostile: Some(&self.hostile) }
     }
 }
 

@@ -6,6 +6,7 @@ mod command_line;
 mod destroyed;
 mod exception;
 mod foreign;
+mod hostile_driver;
 mod hotplug;
 mod idle;
 pub(crate) mod killed_enabling;
@@ -16,10 +17,13 @@ mod msix_nvme;
 mod nic;
 mod nic_kinds;
 mod nvme;
+mod promises;
 mod read_only;
 mod reboot;
 mod reboots;
+mod serve_killed;
 pub(crate) mod stale_maskall;
+mod store_load;
 mod tool_errors;
 mod tool_reads;
 mod two_functions;
@@ -86,11 +90,13 @@ const fn scenario(
 const STOCK: &[Boot] = &[Boot::Writable, Boot::Plain];
 /// What needs our domain's own hypercalls.
 const DIRECT: &[Boot] = &[Boot::Plain, Boot::Changed];
+/// What dom0's service is needed for.
+const DELEGATED: &[Boot] = &[Boot::Plain];
 /// Both: the hand-over is another with each.
 const BOTH: &[Boot] = &[Boot::Writable, Boot::Plain, Boot::Changed];
 
 /// All of them.
-pub const ALL: [Scenario; 23] = [
+pub const ALL: [Scenario; 27] = [
     scenario("nvme", STOCK, "a guest reads and writes an NVMe drive, with interrupts", nvme::run),
     scenario("nic", STOCK, "a guest uses a network card", nic::run),
     scenario("two-guests", STOCK, "two guests use a device each at once", two_guests::run),
@@ -118,6 +124,15 @@ pub const ALL: [Scenario; 23] = [
     scenario("stale-maskall", DIRECT, "Xen's stale MASKALL is found and reset for the next guest", stale_maskall::run),
     scenario("killed-enabling", DIRECT, "guests die while their vectors are being mapped", killed_enabling::run),
     scenario("foreign", DIRECT, "Xen refuses a function that is not the driver domain's", foreign::run),
+    scenario("serve-killed", DELEGATED, "dom0's service ends under I/O and during attachments", serve_killed::run),
+    scenario("promises", DELEGATED, "guests get what is promised to their names, whatever ends", promises::run),
+    scenario(
+        "hostile-driver",
+        DELEGATED,
+        "a driver domain that was taken over gets nothing that is not its own",
+        hostile_driver::run,
+    ),
+    scenario("store-load", DELEGATED, "all works while xenstored is busy for others", store_load::run),
     scenario("reboots", DIRECT, "fifty reboots of guests with MSI-X leak nothing", reboots::run),
 ];
 

@@ -60,7 +60,7 @@ impl Xen {
             };
         }
         // SAFETY: an event is an array of two C strings, path and token (XS_WATCH_PATH, XS_WATCH_TOKEN).
-        let strings = unsafe { [event.read(), event.add(1).read()] };
+        let strings = unsafe { event.cast::<[*mut c_char; 2]>().read() };
         // SAFETY: both are C strings in the same block.
         let [path, token] = strings.map(|text| unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned());
         // SAFETY: the block is ours to free, once.

@@ -1,0 +1,72 @@
+//! `guest=NAME` in the driver domain's configuration is kept without anybody attaching anything: when the guest
+//! starts, reboots, comes back after a crash, when the driver domain is another one, and when the service itself was not
+//! there. What an administrator takes away by hand stays away.
+
+use crate::check;
+use crate::dom0::{DRIVER, Guest, NVME, Outcome, Rig, device_node};
+
+/// The guest has its drive, and the driver domain says so.
+fn has_drive(rig: &mut Rig, name: &str) -> Outcome {
+    let domid = rig.domid(name)?.unwrap_or_default();
+    rig.wait_published(&device_node(NVME, "frontend"), &domid.to_string())?;
+    rig.wait_disk(name)?;
+    rig.check_disk(name, 0, 8)
+}
+
+pub(super) fn run(rig: &mut Rig) -> Outcome {
+    rig.must(&format!(
+        "xl destroy {DRIVER}; cp /tmp/{DRIVER}.cfg /tmp/good.cfg; sed -i 's/dev={NVME}/&,guest=g1/' /tmp/{DRIVER}.cfg; \
+         grep -q guest=g1 /tmp/{DRIVER}.cfg"
+    ))?;
+    let kept = rig.start_driver().and_then(|()| keeps(rig));
+    rig.run(&format!("xl destroy {DRIVER}; cp /tmp/good.cfg /tmp/{DRIVER}.cfg"))?;
+    kept
+}
+
+fn keeps(rig: &mut Rig) -> Outcome {
+    let first = rig.create_and_wait(Guest::named("g1"))?;
+    has_drive(rig, "g1")?;
+
+    rig.guest("g1", "(sleep 0.3; reboot -f) >/dev/null 2>&1 & echo soon")?;
+    rig.wait("g1's new domain", 90, &format!("id=$(xl domid g1) && [ $id != {first} ]"))?;
+    rig.wait_up("g1", 2)?;
+    has_drive(rig, "g1")?;
+
+    // Another driver domain, while the guest stays: its drive leaves and comes back.
+    rig.must(&format!("xl destroy {DRIVER}"))?;
+    rig.check_disk("g1", 8, 8)?;
+    rig.start_driver()?;
+    has_drive(rig, "g1")?;
+
+    // By hand.
+    rig.must(&format!("xl-pciback detach g1 {NVME}"))?;
+    rig.wait_device(NVME, "ready")?;
+    rig.stop_serve("TERM")?;
+    rig.start_serve()?;
+    rig.wait_published("serve", "connected")?;
+    rig.wait_device(NVME, "ready")?;
+    let frontend = rig.published(&device_node(NVME, "frontend"))?;
+    check!(frontend.is_empty(), "a function that was detached by hand was attached again to {frontend}");
+    rig.attach("g1", NVME)?;
+    has_drive(rig, "g1")?;
+
+    // A guest that crashes, while nobody is there to see it.
+    rig.stop_serve("KILL")?;
+    rig.guest("g1", "(sleep 0.3; echo c >/proc/sysrq-trigger) >/dev/null 2>&1 & echo soon")?;
+    rig.wait("g1 to be gone", 60, "! xl domid g1")?;
+    rig.run("rm -f /var/log/xen/guest-g1.log")?;
+    rig.create_and_wait(Guest::named("g1"))?;
+    rig.start_serve()?;
+    has_drive(rig, "g1")?;
+
+    // A name is what counts, and not what had it first.
+    rig.must("xl rename g1 g5")?;
+    let (_, listed) = rig.exec(&format!("xl-pciback list | grep {NVME}"))?;
+    check!(listed.contains("g5"), "a renamed guest lost its drive: {listed}");
+    rig.create_and_wait(Guest::named("g1"))?;
+    rig.must("xl destroy g5")?;
+    has_drive(rig, "g1")?;
+    let left = rig.run("xenstore-ls -f /local/domain/$(xl domid pciback0)/backend | grep -c '/state = ' || true")?;
+    check!(left.trim() == "1", "{} backends are listed, one guest is there", left.trim());
+    Ok(())
+}
