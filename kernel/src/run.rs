@@ -103,14 +103,15 @@ fn publish_start(backend: &mut Backend<Machine>, entry: u64) {
     let (grant, port) = backend.platform_mut().channel();
     write_all(
         backend.platform_mut(),
-        [
+        &[
             // dom0's tool connects when it sees the second.
             ("data/pciback/channel/event-channel", port.to_string()),
             ("data/pciback/channel/ring-ref", grant.to_string()),
             ("control/feature-poweroff", "1".to_string()),
             ("control/feature-reboot", "1".to_string()),
             ("data/pciback/ready-cpu-us", cpu.to_string()),
-        ],
+        ]
+        .map(named),
     );
 }
 
@@ -147,7 +148,8 @@ fn shutdown(backend: &mut Backend<Machine>) {
     sched::shutdown(reason)
 }
 
-/// Publishes counters because dom0 wrote to the report node; the write back to it is the answer.
+/// Publishes counters, the domain's and each function's, because dom0 wrote to the report node; the write back to it
+/// is the answer, and comes last.
 fn report(backend: &mut Backend<Machine>, sleeps: u64) {
     let machine = backend.platform_mut();
     let Ok(wish) = machine.store().read(None, REPORT.0) else { return };
@@ -156,20 +158,28 @@ fn report(backend: &mut Backend<Machine>, sleeps: u64) {
     }
     let counted = hypercall::count();
     let cpu = memory::cpu_time().unwrap_or(0) / 1000;
-    write_all(
-        machine,
+    let heap = crate::memory::heap_usage().0;
+    let mut nodes = backend.counters();
+    nodes.extend(
         [
             ("data/pciback/hypercalls", counted.to_string()),
             ("data/pciback/sleeps", sleeps.to_string()),
             ("data/pciback/cpu-us", cpu.to_string()),
-            ("data/pciback/heap-used", crate::memory::heap_usage().0.to_string()),
+            ("data/pciback/heap-used", heap.to_string()),
             (REPORT.0, String::new()),
-        ],
+        ]
+        .map(named),
     );
+    write_all(backend.platform_mut(), &nodes);
 }
 
-fn write_all<const N: usize>(machine: &mut Machine, nodes: [(&str, String); N]) {
-    if let Err(error) = machine.store().write_all(&nodes.map(|(path, value)| (path.to_string(), value))) {
+/// A node as it is written.
+fn named((path, value): (&str, String)) -> (String, String) {
+    (path.to_string(), value)
+}
+
+fn write_all(machine: &mut Machine, nodes: &[(String, String)]) {
+    if let Err(error) = machine.store().write_all(nodes) {
         log::warn!("cannot publish features and counters of this domain: {error}");
     }
 }

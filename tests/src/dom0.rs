@@ -442,7 +442,7 @@ impl Rig {
         self.must(&format!("xl-pciback assignable-add {owned}"))?;
         self.must(&format!("xl-pciback config {owned} > /tmp/{DRIVER}.cfg"))?;
         self.run(&format!("echo 'on_crash=\"preserve\"' >> /tmp/{DRIVER}.cfg; cat /tmp/{DRIVER}.cfg"))?;
-        if self.boot == Boot::Plain {
+        if self.boot.has_serve() {
             self.start_serve()?;
         }
         self.start_driver()
@@ -468,7 +468,7 @@ impl Rig {
     /// Creates the driver domain and waits until it serves and, where it needs dom0 for that, can do so fully.
     pub fn start_driver(&mut self) -> Outcome {
         self.start_driver_alone()?;
-        if self.boot == Boot::Plain {
+        if self.boot.has_serve() {
             self.wait_published("serve", "connected")?;
         }
         Ok(())

@@ -112,6 +112,15 @@ impl<P: Platform> Backend<P> {
         &self.devices
     }
 
+    /// Paths and values of the nodes with the functions' counters. They are published when dom0 asks for them only:
+    /// no access writes to xenstore.
+    pub fn counters(&self) -> Vec<(String, String)> {
+        let node = |device: &Device<P::Config>| {
+            (nodes::published(device.entry.sbdf, "counters"), device.counters().to_string())
+        };
+        self.devices.iter().map(node).collect()
+    }
+
     /// Says what is in force, publishes it, and starts to look for frontends.
     pub fn start(&mut self) {
         log::info!("pciback-stubdom {}", env!("CARGO_PKG_VERSION"));

@@ -16,6 +16,7 @@ use crate::msix_state::{Clean, Dirty};
 use crate::physdev::{Physdev, PhysdevError};
 use crate::platform::{ConfigSpace, DomId, Nanos, Way, Width};
 use crate::sbdf::Sbdf;
+use crate::serve::Counters;
 
 /// How long a function needs to come back from D3hot (PCI Power Management 1.2, 5.6.1), and how often it is looked
 /// at after that: 10 milliseconds.
@@ -36,8 +37,12 @@ pub struct Function<C> {
     pub config: VirtualConfig,
     /// MSI and MSI-X.
     pub interrupts: Interrupts,
+    /// What guests have asked of it.
+    pub counters: Counters,
     /// What the hand-over needs; `None` while this domain may not write.
     control: Option<Control>,
+    /// Its guest was refused a write because nothing can be written now, and that was told.
+    pub mute: bool,
 }
 
 /// What is known of a function that may be written.
@@ -155,7 +160,8 @@ impl<C: ConfigSpace> Device<C> {
         match recognise(&self.entry, &hardware) {
             Ok(config) => {
                 let interrupts = Interrupts::new(&hardware, &config);
-                self.function = Some(Function { hardware, config, interrupts, control: None });
+                let counters = Counters::default();
+                self.function = Some(Function { hardware, config, interrupts, counters, control: None, mute: false });
                 self.state = State::Ready;
                 true
             }
@@ -268,7 +274,7 @@ impl<C: ConfigSpace> Device<C> {
         let sbdf = self.entry.sbdf;
         let Some(function) = self.function.as_mut() else { return Ok(()) };
         function.interrupts.settle(physdev, sbdf)?;
-        let Function { hardware, config, interrupts, control } = function;
+        let Function { hardware, config, interrupts, control, .. } = function;
         if control.as_ref().is_none_or(|control| !control.reach.needs_dom0()) {
             return Ok(());
         }
@@ -313,6 +319,11 @@ impl<C: ConfigSpace> Device<C> {
     /// How often Xen's MSI-X state was stale and has been reset.
     pub fn stale(&self) -> u32 {
         self.stale
+    }
+
+    /// What guests have asked of it since this domain has started; nothing, if it could not be read.
+    pub fn counters(&self) -> Counters {
+        self.function.as_ref().map(|function| function.counters).unwrap_or_default()
     }
 
     /// The function for the guest that has it. While it is being handed over, nobody has it.
@@ -418,7 +429,7 @@ impl<C: ConfigSpace> Device<C> {
             return;
         }
         let sbdf = self.entry.sbdf;
-        let Some(Function { hardware, config, interrupts, control: Some(control) }) = self.function.as_mut() else {
+        let Some(Function { hardware, config, interrupts, control: Some(control), .. }) = self.function.as_mut() else {
             return;
         };
         if !control.proven && config.check_ids(hardware).is_err() {
@@ -569,7 +580,7 @@ impl<C: ConfigSpace> Device<C> {
 
     fn subject<'a, P: Physdev>(&'a mut self, physdev: &'a mut P) -> Option<Subject<'a, C, P>> {
         let sbdf = self.entry.sbdf;
-        let Function { hardware, config, interrupts, control } = self.function.as_mut()?;
+        let Function { hardware, config, interrupts, control, .. } = self.function.as_mut()?;
         let Control { image, method, reach, .. } = control.as_ref()?;
         Some(Subject { hardware, config, interrupts, image, method: *method, reach: *reach, physdev, sbdf })
     }

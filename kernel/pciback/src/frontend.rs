@@ -108,7 +108,6 @@ pub struct Frontend<P: Platform> {
     waiting: bool,
     more: bool,
     throttle: Throttle,
-    counters: Counters,
     /// Room for the MSI-X entries of one request.
     entries: Box<MsixEntries>,
 }
@@ -125,7 +124,6 @@ impl<P: Platform> Frontend<P> {
             waiting: false,
             more: false,
             throttle: Throttle::default(),
-            counters: Counters::default(),
             entries: Box::new([MsixEntry::default(); MAX_VECTORS]),
         }
     }
@@ -167,7 +165,7 @@ impl<P: Platform> Frontend<P> {
             let guest = self.link.frontend;
             let mut desk =
                 Desk { guest, topology: &self.topology, devices: cx.devices, physdev: cx.platform.physdev() };
-            let (reply, mut notice) = serve::execute(&request, entries, &mut desk, &mut self.counters);
+            let (reply, mut notice) = serve::execute(&request, entries, &mut desk);
             // A client that gave up has taken the request back; its page is not ours to write then.
             if connection.page.flags() & PCIF_ACTIVE != 0 {
                 if reply.err == 0 {
@@ -617,9 +615,9 @@ impl<P: Platform> Frontend<P> {
         let now = cx.platform.now();
         if let Some(device) = cx.devices.get_mut(index) {
             device.detach(cx.platform.physdev(), now);
-            let Counters { reads, writes, refused_writes, errors } = self.counters;
+            let Counters { reads, writes, refused_writes, errors } = device.counters();
             log::info!(
-                "{}: released by domain {} (connection: {reads} reads, {writes} writes, {refused_writes} refused, \
+                "{}: released by domain {} (since the start: {reads} reads, {writes} writes, {refused_writes} refused, \
                  {errors} errors)",
                 device.entry.sbdf,
                 self.link.frontend
@@ -662,7 +660,6 @@ impl<P: Platform> Frontend<P> {
                 self.connection = Some(Connection { channel, page, ring });
                 // A request may be there already, and its event may have come before the port was bound.
                 self.more = true;
-                self.counters = Counters::default();
                 self.set_state(cx, XenbusState::Connected)?;
                 // What stood there has been mended; a node that never was is no error.
                 let _ = cx.platform.store().remove(None, &self.link.back("error"));

@@ -4,6 +4,8 @@
 //! to configuration space allocates nothing and makes no hypercall, the operations on interrupts make a bounded
 //! number ([`crate::interrupts`]).
 
+use core::fmt;
+
 use crate::config::Written;
 use crate::device::{Device, Function};
 use crate::interrupts::{EnableError, Kind, Means};
@@ -13,7 +15,8 @@ use crate::sbdf::Sbdf;
 use crate::topology::{DeviceIndex, Topology};
 use crate::wire::{MsixEntry, RawReply, RawRequest, WireError, op};
 
-/// Counters of one frontend.
+/// What guests have asked of one function since this domain has started: they are never set back, so that who looks
+/// twice knows what came in between, whatever guests came and went. Requests that reached no function are in none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
     /// Configuration reads.
@@ -26,12 +29,33 @@ pub struct Counters {
     pub errors: u64,
 }
 
+impl Counters {
+    /// The counters of a node's text: four decimal numbers with a blank in between, and nothing else.
+    pub fn parse(text: &str) -> Option<Counters> {
+        let mut words = text.split(' ');
+        let mut number = || {
+            let plain = |word: &&str| !word.is_empty() && word.len() <= 20 && word.bytes().all(|b| b.is_ascii_digit());
+            words.next().filter(plain)?.parse().ok()
+        };
+        let counters =
+            Counters { reads: number()?, writes: number()?, refused_writes: number()?, errors: number()? };
+        words.next().is_none().then_some(counters)
+    }
+}
+
+/// As a node's text.
+impl fmt::Display for Counters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} {} {}", self.reads, self.writes, self.refused_writes, self.errors)
+    }
+}
+
 /// What is worth a log line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Notice {
     /// The first write of this guest to this function that no rule allows.
     Dropped(DeviceIndex),
-    /// The first write of this guest to this function that needs the hardware while writes are off.
+    /// A write that needs the hardware while writes are off, the first since they were on.
     WritesOff(DeviceIndex),
     /// The first write of this guest to this function that only the backend may make.
     Denied(DeviceIndex),
@@ -93,28 +117,26 @@ pub fn execute<C: ConfigSpace, P: Physdev>(
     request: &RawRequest,
     entries: &mut [MsixEntry],
     desk: &mut Desk<'_, C, P>,
-    counters: &mut Counters,
 ) -> (RawReply, Option<Notice>) {
     let guest = desk.guest;
-    let (reply, notice) = match desk.target(request) {
-        Some((index, _, function, _)) if matches!(request.cmd, op::CONF_READ | op::CONF_WRITE) => {
-            let (outcome, notice) = access(request, index, function, counters);
-            (reply(outcome), notice)
+    let Some((index, sbdf, function, physdev)) = desk.target(request) else {
+        return (reply(Err(WireError::DeviceNotFound)), None);
+    };
+    let (reply, notice) = if matches!(request.cmd, op::CONF_READ | op::CONF_WRITE) {
+        let (outcome, notice) = access(request, index, function);
+        (reply(outcome), notice)
+    } else {
+        let mut turn = Turn { request, index, sbdf, function: &mut *function, physdev };
+        match request.cmd {
+            op::ENABLE_MSI => turn.enable_msi(guest, 1),
+            op::ENABLE_MULTI_MSI => turn.enable_msi(guest, request.info),
+            op::ENABLE_MSIX => turn.enable_msix(guest, entries),
+            op::DISABLE_MSI | op::DISABLE_MSIX => turn.disable(),
+            _ => (reply(Err(WireError::NotImplemented)), None),
         }
-        Some((index, sbdf, function, physdev)) => {
-            let mut turn = Turn { request, index, sbdf, function, physdev };
-            match request.cmd {
-                op::ENABLE_MSI => turn.enable_msi(guest, 1),
-                op::ENABLE_MULTI_MSI => turn.enable_msi(guest, request.info),
-                op::ENABLE_MSIX => turn.enable_msix(guest, entries),
-                op::DISABLE_MSI | op::DISABLE_MSIX => turn.disable(),
-                _ => (reply(Err(WireError::NotImplemented)), None),
-            }
-        }
-        None => (reply(Err(WireError::DeviceNotFound)), None),
     };
     if reply.err != 0 {
-        counters.errors = counters.errors.saturating_add(1);
+        function.counters.errors = function.counters.errors.saturating_add(1);
     }
     (reply, notice)
 }
@@ -144,9 +166,8 @@ fn access<C: ConfigSpace>(
     request: &RawRequest,
     index: DeviceIndex,
     function: &mut Function<C>,
-    counters: &mut Counters,
 ) -> (Result<u32, WireError>, Option<Notice>) {
-    let Function { hardware, config, interrupts, .. } = function;
+    let Function { hardware, config, interrupts, counters, mute, .. } = function;
     if request.cmd == op::CONF_READ {
         counters.reads = counters.reads.saturating_add(1);
         return (config.read(hardware, request.offset, request.size), None);
@@ -160,8 +181,12 @@ fn access<C: ConfigSpace>(
                 Written::Done => None,
                 Written::Dropped { first } => first.then_some(Notice::Dropped(index)),
                 Written::Denied { first } if hardware.writable() => first.then_some(Notice::Denied(index)),
-                Written::Denied { first } => first.then_some(Notice::WritesOff(index)),
+                // Once for each time that it comes to this: `first` is for the guest's whole use.
+                Written::Denied { .. } => (!core::mem::replace(mute, true)).then_some(Notice::WritesOff(index)),
             };
+            if written == Written::Done {
+                *mute = false;
+            }
             if written != Written::Done {
                 counters.refused_writes = counters.refused_writes.saturating_add(1);
             }
@@ -245,5 +270,35 @@ impl<C: ConfigSpace, P: Physdev> Turn<'_, C, P> {
         config.set_messages(false);
         let notice = (kind != Kind::Line).then_some(Notice::Disabled(self.index, kind, left));
         (RawReply { err: 0, value: config.pirq().into() }, notice)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use alloc::format;
+
+    use super::*;
+
+    #[test]
+    fn counters_read_back_and_nothing_else_does() {
+        let counters = Counters { reads: 12, writes: 3, refused_writes: 1, errors: u64::MAX };
+        assert_eq!(format!("{counters}"), "12 3 1 18446744073709551615");
+        assert_eq!(Counters::parse("12 3 1 18446744073709551615"), Some(counters));
+        for text in [
+            "",
+            "1 2 3",
+            "1 2 3 4 5",
+            "1 2 3 4 ",
+            " 1 2 3 4",
+            "1  2 3 4",
+            "1 2 3 -4",
+            "1 2 3 +4",
+            "1 2 3 0x4",
+            "1 2 3 4\n",
+            "1 2 3 18446744073709551616",
+            "1 2 3 000000000000000000001",
+        ] {
+            assert_eq!(Counters::parse(text), None, "{text:?}");
+        }
     }
 }

@@ -18,7 +18,8 @@ rig-agent sum FILE OFFSET_MIB COUNT_MIB     checksum, past the page cache
 rig-agent pattern FILE OFFSET_MIB COUNT_MIB SEED
 rig-agent hammer FILE                       read all of a disk again and again, until killed
 rig-agent config-read FILE OFFSET COUNT     time dword reads of a config file, ns for one
-rig-agent config-write FILE OFFSET COUNT    time dword writes of the value that is there, ns for one";
+rig-agent config-write FILE OFFSET COUNT    time dword writes of the value that is there, ns for one
+rig-agent config-change FILE OFFSET COUNT   time byte writes of 8 and 16 in turn, ns for one";
 
 /// O_DIRECT of Linux on x86.
 const O_DIRECT: i32 = 0o40000;
@@ -38,8 +39,9 @@ fn main() -> ExitCode {
         ["sum", file, offset, count] => sum(file, offset, count),
         ["pattern", file, offset, count, seed] => pattern(file, offset, count, seed),
         ["hammer", file] => hammer(file),
-        ["config-read", file, offset, count] => config(file, offset, count, false),
-        ["config-write", file, offset, count] => config(file, offset, count, true),
+        ["config-read", file, offset, count] => config(file, offset, count, Access::Read),
+        ["config-write", file, offset, count] => config(file, offset, count, Access::Write),
+        ["config-change", file, offset, count] => config(file, offset, count, Access::Change),
         _ => Err(invalid(USAGE)),
     };
     match result {
@@ -194,19 +196,35 @@ fn number(text: &str) -> io::Result<u64> {
     .map_err(|_| invalid("not a number"))
 }
 
-fn config(path: &str, offset: &str, count: &str, write: bool) -> io::Result<()> {
+/// What is timed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Access {
+    Read,
+    Write,
+    Change,
+}
+
+fn config(path: &str, offset: &str, count: &str, access: Access) -> io::Result<()> {
     let (offset, count) = (number(offset)?, number(count)?);
-    let file = OpenOptions::new().read(true).write(write).open(path)?;
+    let file = OpenOptions::new().read(true).write(access != Access::Read).open(path)?;
     let mut value = [0; 4];
     file.read_exact_at(&mut value, offset)?;
     let start = Instant::now();
-    for _ in 0..count {
-        if write {
-            file.write_all_at(&value, offset)?;
-        } else {
-            file.read_exact_at(&mut value, offset)?;
+    for turn in 0..count {
+        match access {
+            Access::Read => file.read_exact_at(&mut value, offset)?,
+            Access::Write => file.write_all_at(&value, offset)?,
+            Access::Change => file.write_all_at(&[if turn % 2 == 0 { 8 } else { 16 }], offset)?,
         }
     }
     println!("{}", start.elapsed().as_nanos() as u64 / count.max(1));
+    if access == Access::Change {
+        // That it took effect.
+        let mut last = [0];
+        file.read_exact_at(&mut last, offset)?;
+        if count > 0 && last != [if count % 2 == 1 { 8 } else { 16 }] {
+            return Err(invalid(&format!("the register reads {last:?} after it")));
+        }
+    }
     Ok(())
 }

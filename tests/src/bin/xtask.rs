@@ -51,12 +51,12 @@ path. What was built is kept beside the packages, by source version and contents
 ";
 const HELP_DEMO: &str = "cargo xtask demo\n\nInstalls what is missing (when root), builds, boots, and shows a guest that reads a passed-through drive.\n";
 const HELP_BENCH: &str = "\
-cargo xtask bench [--release bookworm|trixie] [--xen stock|changed]
+cargo xtask bench [--release bookworm|trixie] [--boot mmcfg=0|plain|changed]
 
 Measures this backend and Linux's in one run and writes docs/bench.md.
 
-  --xen       on the release's own hypervisor with mmcfg=0, or in direct mode on the one of `cargo xtask xen`, which may be of
-              another version of Xen (default: stock)
+  --boot      mmcfg=0: the release's own hypervisor booted so, with the domain's own writes and with writes by dom0 (default);
+              plain: the release's own hypervisor, writes by dom0; changed: the hypervisor of `cargo xtask xen`, direct mode
 ";
 const HELP_COMPARE: &str = "\
 cargo xtask compare [--release bookworm|trixie]
@@ -97,7 +97,8 @@ struct Words {
 impl Words {
     /// The boot on the hypervisor that is asked for, in which configuration space can be written.
     fn boot(&self) -> Boot {
-        if self.hypervisor == Some(Hypervisor::ConfigOwner) { Boot::Changed } else { Boot::Writable }
+        let stock = if self.hypervisor == Some(Hypervisor::ConfigOwner) { Boot::Changed } else { Boot::Writable };
+        self.only.unwrap_or(stock)
     }
 }
 
@@ -129,8 +130,8 @@ fn command() -> Result<ExitCode> {
                 return Ok(ExitCode::SUCCESS);
             }
             ("rig" | "bench" | "compare" | "xen", Long("release")) => words.release = Some(parser.value()?.string()?),
-            ("rig" | "bench", Long("xen")) => words.hypervisor = Some(Hypervisor::parse(&parser.value()?.string()?)?),
-            ("rig", Long("boot")) => {
+            ("rig", Long("xen")) => words.hypervisor = Some(Hypervisor::parse(&parser.value()?.string()?)?),
+            ("rig" | "bench", Long("boot")) => {
                 let name = parser.value()?.string()?;
                 let found = Boot::ALL.into_iter().find(|boot| boot.name() == name);
                 words.only = Some(found.ok_or_else(|| fail!("--boot {name}: mmcfg=0, plain or changed"))?);

@@ -45,6 +45,11 @@ impl Boot {
     /// All of them, in the order in which they are booted.
     pub const ALL: [Boot; 3] = [Boot::Writable, Boot::Plain, Boot::Changed];
 
+    /// Whether dom0's service runs from the start.
+    pub fn has_serve(self) -> bool {
+        self != Boot::Changed
+    }
+
     /// The mode a driver domain must be in.
     pub fn mode(self) -> &'static str {
         match self {
@@ -123,7 +128,7 @@ pub const ALL: [Scenario; 27] = [
     scenario("usb", DIRECT, "a guest has a USB controller with a stick behind it", usb::run),
     scenario("stale-maskall", DIRECT, "Xen's stale MASKALL is found and reset for the next guest", stale_maskall::run),
     scenario("killed-enabling", DIRECT, "guests die while their vectors are being mapped", killed_enabling::run),
-    scenario("foreign", DIRECT, "Xen refuses a function that is not the driver domain's", foreign::run),
+    scenario("foreign", &[Boot::Changed], "Xen refuses a function that is not the driver domain's", foreign::run),
     scenario("serve-killed", DELEGATED, "dom0's service ends under I/O and during attachments", serve_killed::run),
     scenario("promises", DELEGATED, "guests get what is promised to their names, whatever ends", promises::run),
     scenario(
