@@ -18,6 +18,8 @@ use crate::machine::Machine;
 
 /// Domains that are tried.
 const DOMAINS: core::ops::Range<u16> = 0..64;
+/// How often a request without an answer is made again, a tenth of a second apart.
+const TRIES: u32 = 300;
 /// Refused requests in a row.
 const FLOOD: u32 = 5_000;
 
@@ -88,15 +90,20 @@ fn answers(machine: &mut Machine, functions: &[Sbdf], operations: &[Operation]) 
     let dom0 = machine.delegate();
     for function in functions {
         for operation in operations {
-            let answer = match dom0.borrow_mut().call(*function, *operation) {
-                Ok(_) => "ok".to_string(),
-                Err(PhysdevError::NotConnected) => "none".to_string(),
-                Err(error) => error.errno().to_string(),
-            };
-            if answer == "none" {
-                // It is asked to begin again, and may.
-                wait(machine);
-                let _ = machine.poll_dom0();
+            let mut answer = "none".to_string();
+            for _ in 0..TRIES {
+                let said = dom0.borrow_mut().call(*function, *operation);
+                match said {
+                    Ok(_) => answer = "ok".to_string(),
+                    // It was slow, and is asked to begin again.
+                    Err(PhysdevError::NotConnected) => {
+                        wait(machine);
+                        let _ = machine.poll_dom0();
+                        continue;
+                    }
+                    Err(error) => answer = error.errno().to_string(),
+                }
+                break;
             }
             if !all.contains(&answer) {
                 all.push(answer);

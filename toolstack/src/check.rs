@@ -144,9 +144,6 @@ fn examine(
                     "boot Xen with mmcfg=0, or say mode=auto",
                 );
             }
-            if config.mode == Mode::Auto && xen.mmcfg_off() {
-                say("mode=auto cannot write on a Xen that was booted with mmcfg=0".into(), "say mode=mmcfg0");
-            }
             if !xen.has_iommu() {
                 say("this host has no usable IOMMU".into(), "switch on VT-d or AMD-Vi in the firmware");
             }
@@ -229,7 +226,6 @@ mod tests {
         one("@b0000000", "@c0000000", "ACPI's MCFG table at b0100");
         one("1b36:0010", "1b36:0011", "id= says 1b36:0011");
         one("dev=0000:01:00.0", "dev=0000:02:00.0", "no such function");
-        one("mode=mmcfg0", "mode=auto", "mode=auto cannot write");
         one("mode=mmcfg0", "mode=fast", "extra: command line, byte");
         let found = problems(GOOD, |function| function.driver = Some("nvme".into()), "mmcfg=0");
         assert!(found[0].contains("dom0's driver \"nvme\""));

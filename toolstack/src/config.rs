@@ -19,7 +19,49 @@ pub struct Options {
     /// Writes to registers without a rule pass.
     pub permissive: bool,
     /// `mode=`.
-    pub mode: String,
+    pub mode: Choice,
+}
+
+/// The `mode=` of the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Choice {
+    /// The word.
+    pub word: &'static str,
+    /// Why, for a comment.
+    pub why: &'static str,
+}
+
+/// The mode that fits this host, or the `wish` if it does. `mmcfg_off` says whether Xen was booted with mmcfg=0, where
+/// that is known.
+///
+/// # Errors
+/// The wish is no mode, or none for this Xen.
+pub fn choose(wish: Option<&str>, mmcfg_off: Option<bool>) -> Outcome<Choice> {
+    let (word, why) = match (wish, mmcfg_off) {
+        (Some("read-only"), _) => ("read-only", "read-only, as --mode says: guests' configuration writes are refused"),
+        (None | Some("mmcfg0"), Some(true)) => {
+            ("mmcfg0", "Xen has mmcfg=0: mmcfg0, in which the domain writes configuration space itself")
+        }
+        (Some("mmcfg0"), None) => {
+            ("mmcfg0", "mmcfg0, as --mode says: Xen must be booted with mmcfg=0 (xl info did not say whether it was)")
+        }
+        (None | Some("auto"), Some(false)) | (Some("auto"), Some(true)) => {
+            ("auto", "auto: direct with the config-owner change, otherwise through xl-pciback serve")
+        }
+        (None | Some("auto"), None) => (
+            "auto",
+            "auto: direct with the config-owner change, otherwise through xl-pciback serve (xl info did not say \
+             whether Xen has mmcfg=0)",
+        ),
+        (Some("mmcfg0"), Some(false)) => {
+            return Err(Failure::new(
+                "--mode mmcfg0: this Xen was not booted with mmcfg=0, so a configuration write would end the domain",
+                "leave --mode out, or boot Xen with mmcfg=0 first",
+            ));
+        }
+        (Some(other), _) => return Err(Failure::usage(format!("--mode {other} is not auto, mmcfg0 or read-only"))),
+    };
+    Ok(Choice { word, why })
 }
 
 /// The file for `functions`.
@@ -83,17 +125,12 @@ fn render(windows: &[Ecam], functions: &[Function], options: &Options) -> Outcom
         };
         let _ = writeln!(comments, "# {sbdf}: {}, {irq}, configuration space at frame {frame:x}", function.id_text());
     }
-    words.push(format!("mode={}", options.mode));
-    let mode = match options.mode.as_str() {
-        "mmcfg0" => "this Xen was booted with mmcfg=0, so the domain may write configuration space",
-        "read-only" => "guests' configuration writes are refused",
-        _ => "full function on a Xen with the config-owner change, else read-only (xl-pciback status tells which)",
-    };
+    words.push(format!("mode={}", options.mode.word));
     Ok(format!(
-        "# Driver domain for PCI functions, written by xl-pciback config.\n{comments}# mode={}: {mode}\n\
+        "# Driver domain for PCI functions, written by xl-pciback config.\n{comments}# {}\n\
          name = \"{}\"\ntype = \"pvh\"\nkernel = \"{}\"\nmemory = 4\nmaxmem = 4\nvcpus = 1\n\
          iomem = [ {} ]\nextra = \"{}\"\n",
-        options.mode,
+        options.mode.why,
         options.name,
         options.kernel,
         frames.join(", "),
@@ -125,7 +162,7 @@ mod tests {
             kernel: "/k".into(),
             guest: Some("db1".into()),
             permissive: false,
-            mode: "mmcfg0".into(),
+            mode: choose(None, Some(true)).unwrap(),
         };
         let file = render(&windows, &functions, &options).unwrap();
         assert!(file.contains("iomem = [ \"b0100,1\", \"b0028,1\" ]\n"), "{file}");
@@ -133,6 +170,7 @@ mod tests {
                      dev=0000:00:05.0,guest=db1,id=8086:10d3 mode=mmcfg0\"\n";
         assert!(file.contains(extra), "{file}");
         assert!(file.contains("# 0000:01:00.0: 1b36:0010, GSI 21, configuration space at frame b0100\n"), "{file}");
+        assert!(file.contains("\n# Xen has mmcfg=0: "), "{file}");
         // What is printed is what the driver domain understands.
         let line = extra.trim_start_matches("extra = \"").trim_end_matches("\"\n");
         assert_eq!(pciback::cmdline::parse(line).1, []);
@@ -140,6 +178,32 @@ mod tests {
         assert!(render(&windows, &beyond, &options).unwrap_err().what.contains("no window"));
         let twice = [functions[0].clone(), functions[0].clone()];
         assert!(render(&windows, &twice, &options).unwrap_err().what.contains("named twice"));
+    }
+
+    #[test]
+    fn the_mode_is_one_that_works_on_this_xen_and_says_why() {
+        for (wish, mmcfg_off, word, why) in [
+            (None, Some(true), "mmcfg0", "Xen has mmcfg=0"),
+            (None, Some(false), "auto", "otherwise through xl-pciback serve"),
+            (None, None, "auto", "xl info did not say"),
+            (Some("mmcfg0"), Some(true), "mmcfg0", "Xen has mmcfg=0"),
+            (Some("mmcfg0"), None, "mmcfg0", "must be booted with mmcfg=0"),
+            (Some("auto"), Some(true), "auto", "otherwise through xl-pciback serve"),
+            (Some("auto"), Some(false), "auto", "direct with the config-owner change"),
+            (Some("auto"), None, "auto", "xl info did not say"),
+            (Some("read-only"), Some(true), "read-only", "are refused"),
+            (Some("read-only"), Some(false), "read-only", "are refused"),
+            (Some("read-only"), None, "read-only", "are refused"),
+        ] {
+            let choice = choose(wish, mmcfg_off).unwrap();
+            assert!(choice.word == word && choice.why.contains(why), "{wish:?} {mmcfg_off:?}: {choice:?}");
+            // The rig's scenarios change the file's words, and must not find them here.
+            assert!(!choice.why.contains("mode="), "{choice:?}");
+        }
+        assert!(choose(Some("mmcfg0"), Some(false)).unwrap_err().what.contains("would end the domain"));
+        for wish in ["", "direct", "delegated", "MMCFG0", "auto "] {
+            assert_eq!(choose(Some(wish), None).unwrap_err().code, crate::error::exit::USAGE, "{wish:?}");
+        }
     }
 
     #[test]

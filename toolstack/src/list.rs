@@ -1,11 +1,25 @@
 //! `list` and `status`: every driver domain's functions, where they are, and how they stand. Which functions there
-//! are is read from the driver domains' configurations; how they stand, from what the driver domains publish.
+//! are is read from the driver domains' configurations; how they stand, from what the driver domains publish. Counters
+//! are published only if they are asked for, which `status` does and `list` does not: it writes nothing.
 
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use pciback::serve::Counters;
 use serde_json::{Value, json};
 
 use crate::attach::Host;
 use crate::error::Outcome;
 use crate::nodes::{self, told};
+
+/// How long driver domains may take to tell their counters, all together.
+const COUNTING: Duration = Duration::from_secs(2);
+
+/// What a driver domain may say of dom0's service.
+const SERVING: [&str; 3] = ["connected", "not connected", "not needed"];
+
+/// The most of a cell that the table of `status` shows: a driver domain's words do not widen it for the others.
+const CELL: usize = 48;
 
 /// One function of one driver domain.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,6 +50,10 @@ pub struct Row {
     pub interrupts: Option<String>,
     /// What the checks of its MSI-X state found.
     pub msix: Option<String>,
+    /// Whether dom0's service takes part: `connected`, `not connected` or `not needed`.
+    pub serve: Option<String>,
+    /// What guests have asked of it, if that was asked for and told.
+    pub counters: Option<Counters>,
 }
 
 /// All rows.
@@ -47,6 +65,7 @@ pub fn rows(host: &Host<'_>) -> Outcome<Vec<Row>> {
     for driver in host.domains.drivers()? {
         let own = |node: &str| told(host.store, &format!("/local/domain/{}/data/pciback/{node}", driver.domid));
         let (mode, mode_why) = (own("mode").unwrap_or_default(), own("mode-why").unwrap_or_default());
+        let serve = own("serve").filter(|word| SERVING.contains(&word.as_str()));
         for device in &driver.config.devices {
             let sbdf = device.sbdf;
             let read = |node: &str| {
@@ -72,6 +91,8 @@ pub fn rows(host: &Host<'_>) -> Outcome<Vec<Row>> {
                 reset: read("reset"),
                 interrupts: read("interrupts"),
                 msix: read("msix"),
+                serve: serve.clone(),
+                counters: None,
             });
         }
     }
@@ -79,40 +100,131 @@ pub fn rows(host: &Host<'_>) -> Outcome<Vec<Row>> {
     Ok(rows)
 }
 
-/// As a table.
-pub fn table(rows: &[Row]) -> String {
-    let mut lines = vec![["DRIVER DOMAIN", "FUNCTION", "ID", "STATE", "GUEST", "ADDRESS IN GUEST"].map(String::from)];
-    for row in rows {
-        let guest = match (&row.guest, &row.promised) {
-            (Some((id, name)), _) => format!("{name} ({id})"),
-            (None, Some(name)) => format!("for {name}"),
-            (None, None) => "-".into(),
-        };
-        let state = match &row.reason {
-            Some(reason) => format!("{}: {reason}", row.state),
-            None => row.state.clone(),
-        };
-        let address = row.address.clone().unwrap_or_else(|| "-".into());
-        lines.push([
-            format!("{} ({})", row.driver.1, row.driver.0),
-            row.function.clone(),
-            row.id.clone(),
-            state,
-            guest,
-            address,
-        ]);
+/// Asks the driver domains of `rows` for their counters. What is not told in time stays unknown.
+pub fn count(host: &Host<'_>, rows: &mut [Row]) {
+    let own = |domid: u32, node: &str| format!("/local/domain/{domid}/data/pciback/{node}");
+    let mut asked: BTreeSet<u32> = rows.iter().map(|row| row.driver.0).collect();
+    // One that has not said anything yet, or no longer, need not be waited for.
+    asked.retain(|domid| {
+        host.store.read(0, &own(*domid, "state")).is_some() && host.store.write(0, &own(*domid, "report"), "1").is_ok()
+    });
+    let mut answered = BTreeSet::new();
+    host.wait(host.patience.min(COUNTING), || {
+        asked.retain(|domid| match host.store.read(0, &own(*domid, "report")).as_deref() {
+            Some("") => {
+                answered.insert(*domid);
+                false
+            }
+            still => still.is_some(),
+        });
+        asked.is_empty().then_some(())
+    });
+    for domid in asked {
+        // A wish is not left behind.
+        let _ = host.store.remove(0, &own(domid, "report"));
     }
-    let width =
-        |column: usize| lines.iter().map(|line| line.get(column).map_or(0, |cell| cell.len())).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..6).map(width).collect();
-    let line = |cells: &[String; 6]| {
+    for row in rows.iter_mut().filter(|row| answered.contains(&row.driver.0)) {
+        let node = row.function.parse().ok().map(|sbdf| nodes::published(row.driver.0, sbdf, "counters"));
+        row.counters = node.and_then(|node| told(host.store, &node)).and_then(|text| Counters::parse(&text));
+    }
+}
+
+/// Who has a function, or may have it.
+fn guest_of(row: &Row) -> String {
+    match (&row.guest, &row.promised) {
+        (Some((id, name)), _) => format!("{name} ({id})"),
+        (None, Some(name)) => format!("for {name}"),
+        (None, None) => "-".into(),
+    }
+}
+
+/// Lines of cells, the first of which is the heading, in columns.
+fn columns(lines: &[Vec<String>]) -> String {
+    let count = lines.first().map_or(0, Vec::len);
+    let width = |column: usize| {
+        lines.iter().map(|line| line.get(column).map_or(0, |cell| cell.chars().count())).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..count).map(width).collect();
+    let line = |cells: &Vec<String>| {
         let padded: Vec<String> = cells.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
         padded.join("  ").trim_end().to_string()
     };
     lines.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
-/// As text with a paragraph a function, for `status`.
+/// As a table, for `list`.
+pub fn table(rows: &[Row]) -> String {
+    let heading = ["DRIVER DOMAIN", "FUNCTION", "ID", "STATE", "GUEST", "ADDRESS IN GUEST"];
+    let mut lines = vec![heading.map(String::from).to_vec()];
+    for row in rows {
+        let state = match &row.reason {
+            Some(reason) => format!("{}: {reason}", row.state),
+            None => row.state.clone(),
+        };
+        let address = row.address.clone().unwrap_or_else(|| "-".into());
+        let driver = format!("{} ({})", row.driver.1, row.driver.0);
+        lines.push(vec![driver, row.function.clone(), row.id.clone(), state, guest_of(row), address]);
+    }
+    columns(&lines)
+}
+
+/// A line of a paragraph.
+fn detail(name: &str, value: &str) -> String {
+    format!("\n  {name:17} {value}")
+}
+
+/// As a table with a line a function, for `status`. Below it: why functions are broken, and for each driver domain its
+/// mode, why it is in that mode, and whether dom0's service takes part.
+pub fn overview(rows: &[Row]) -> String {
+    let heading =
+        ["FUNCTION", "STATE", "GUEST", "MODE", "INTERRUPTS", "MSI-X", "RESET", "READS", "WRITES", "REFUSED", "ERRORS"];
+    let mut lines = vec![heading.map(String::from).to_vec()];
+    let or_none = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".into());
+    for row in rows {
+        let counter = |of: fn(&Counters) -> u64| row.counters.as_ref().map_or("-".into(), |all| of(all).to_string());
+        let cells = [
+            row.function.clone(),
+            row.state.clone(),
+            guest_of(row),
+            if row.mode.is_empty() { "-".into() } else { row.mode.clone() },
+            or_none(&row.interrupts),
+            or_none(&row.msix),
+            or_none(&row.reset),
+            counter(|all| all.reads),
+            counter(|all| all.writes),
+            counter(|all| all.refused_writes),
+            counter(|all| all.errors),
+        ];
+        lines.push(cells.map(|cell| cell.chars().take(CELL).collect()).to_vec());
+    }
+    let mut parts = vec![columns(&lines)];
+    let reasons: Vec<String> = rows
+        .iter()
+        .filter_map(|row| Some(format!("{}: {}: {}", row.function, row.state, row.reason.as_ref()?)))
+        .collect();
+    parts.extend((!reasons.is_empty()).then(|| reasons.join("\n")));
+    let mut seen = BTreeSet::new();
+    for row in rows.iter().filter(|row| seen.insert(row.driver.0)) {
+        let mut text = format!("{} ({})", row.driver.1, row.driver.0);
+        for (name, value) in [("mode", row.mode.as_str()), ("mode because", row.mode_why.as_str())] {
+            if !value.is_empty() {
+                text.push_str(&detail(name, value));
+            }
+        }
+        text.push_str(&detail("serve", row.serve.as_deref().unwrap_or("-")));
+        parts.push(text);
+    }
+    parts.join("\n\n")
+}
+
+/// The counters of a row in words.
+fn counted(row: &Row) -> String {
+    row.counters.map_or("-".into(), |Counters { reads, writes, refused_writes, errors }| {
+        format!("{reads} reads, {writes} writes, {refused_writes} refused, {errors} errors")
+    })
+}
+
+/// As text with a paragraph a function, for `status` of named functions.
 pub fn details(rows: &[Row]) -> String {
     let paragraph = |row: &Row| {
         let mut text = format!("{} {}: {}", row.function, row.id, row.state);
@@ -126,12 +238,14 @@ pub fn details(rows: &[Row]) -> String {
             ("interrupts", row.interrupts.clone()),
             ("MSI-X", row.msix.clone()),
             ("reset", row.reset.clone()),
+            ("counters", Some(counted(row))),
             ("driver domain", Some(format!("{} ({}), mode {}", row.driver.1, row.driver.0, row.mode))),
             ("mode because", Some(row.mode_why.clone()).filter(|why| !why.is_empty())),
+            ("serve", Some(row.serve.clone().unwrap_or_else(|| "-".into()))),
         ];
         for (name, value) in lines {
             if let Some(value) = value {
-                text.push_str(&format!("\n  {name:17} {value}"));
+                text.push_str(&detail(name, &value));
             }
         }
         text
@@ -140,8 +254,8 @@ pub fn details(rows: &[Row]) -> String {
 }
 
 /// As JSON: an array of objects with the keys `driver_domid`, `driver`, `mode`, `mode_why`, `function`, `id`,
-/// `state`, `reason`, `guest_domid`, `guest`, `promised_to`, `guest_address`, `reset`, `interrupts`, `msix`; what does
-/// not apply is null.
+/// `state`, `reason`, `guest_domid`, `guest`, `promised_to`, `guest_address`, `reset`, `interrupts`, `msix`, `reads`,
+/// `writes`, `refused`, `errors`, `serve`; what does not apply, or is not known, is null.
 pub fn json(rows: &[Row]) -> Value {
     rows.iter()
         .map(|row| {
@@ -161,6 +275,11 @@ pub fn json(rows: &[Row]) -> Value {
                 "reset": row.reset,
                 "interrupts": row.interrupts,
                 "msix": row.msix,
+                "reads": row.counters.map(|all| all.reads),
+                "writes": row.counters.map(|all| all.writes),
+                "refused": row.counters.map(|all| all.refused_writes),
+                "errors": row.counters.map(|all| all.errors),
+                "serve": row.serve,
             })
         })
         .collect()

@@ -51,7 +51,7 @@ Commands:
   detach GUEST BDF           take it away again   [--driver NAME] [--timeout SECONDS] [--force]
   serve                      carry out what driver domains may not do themselves, and attach what is promised
   list                       show driver domains, functions and guests   [--json]
-  status [BDF...]            show in detail how functions stand   [--json]
+  status [BDF...]            show how functions stand, and count what guests do with them   [--json]
 
 BDF is SSSS:BB:DD.F or BB:DD.F (hexadecimal); GUEST is a name or a domain number.
 --libdir DIR (or XL_PCIBACK_LIBDIR) names the folder of Xen's libraries where they are in no usual one.
@@ -87,7 +87,8 @@ frame a function, ids. Redirect it to /etc/xen/NAME.cfg.
   --name NAME      the driver domain's name (pciback0)
   --kernel PATH    the image (/usr/lib/xen/boot/pciback-stubdom)
   --permissive     let the guest write registers that have no rule
-  --mode MODE      auto, mmcfg0 or read-only; by default what fits Xen's command line
+  --mode MODE      auto, mmcfg0 (on a Xen with mmcfg=0, and only there) or read-only; by default what fits Xen's
+                   command line: a comment in the file says which, and why
 "
         }
         "check" => {
@@ -112,8 +113,8 @@ Interrupted (Ctrl-C) while it waits, the guest keeps the function.
         }
         "serve" => {
             "\
-Usage: xl-pciback serve
-Runs until it is ended (SIGTERM), and says what it does on stderr; a service manager runs it (xl-pciback.service).
+Usage: xl-pciback serve [--foreground]
+Runs in the foreground until it is ended (SIGTERM), and says what it does on stderr; a service manager runs it (xl-pciback.service).
 It carries out configuration writes and the mapping of MSI and MSI-X for driver domains on an unmodified Xen, only for
 functions that their xl configuration lists, and only towards guests that this tool attached them to. It attaches
 functions with guest=NAME whenever that guest runs. It may be ended and started at any time: guests go on meanwhile,
@@ -128,18 +129,23 @@ Shows every function of every driver domain.
                    driver_domid (number), driver (name), mode, mode_why, function (SSSS:BB:DD.F),
                    id (vvvv:dddd), state (unknown, resetting, ready, in-use, broken), reason (why it is broken),
                    guest_domid (number) and guest (name) that have it, promised_to (the only guest that may
-                   have it), guest_address (SSSS:BB:DD.FF), reset, interrupts, msix (see status).
-                   What does not apply is null.
+                   have it), guest_address (SSSS:BB:DD.FF), reset, interrupts, msix, serve (see status),
+                   reads, writes, refused, errors (numbers, told to status only).
+                   What does not apply, or is not known, is null.
 "
         }
         "status" => {
             "\
 Usage: xl-pciback status [--json] [BDF...]
-Shows how functions stand, all or those named: state and reason, guest, what interrupts they use (INTx, or MSI
-or MSI-X with the number of vectors), how many entries the MSI-X table has and how often Xen's stale MSI-X state
-had to be reset, how they are reset between guests (flr, af, pm: by the driver domain; dom0: by this tool; none),
-and the driver domain's mode with its reason.
-  --json           as list --json
+Shows how functions stand, all in a table or those named in a paragraph each: state and reason, guest, what
+interrupts they use (INTx, or MSI or MSI-X with the number of vectors), how many entries the MSI-X table has and how
+often Xen's stale MSI-X state had to be reset, how they are reset between guests (flr, af, pm: by the driver domain;
+dom0: by this tool; none), the driver domain's mode with its reason, and whether xl-pciback serve takes part
+(connected, not connected, not needed).
+Counts what guests have asked of each function since the driver domain's start: configuration reads, configuration
+writes, how many of those were refused, and requests answered with an error. The driver domain is asked for these
+numbers; where it does not answer within 2 seconds there is a \"-\".
+  --json           as list --json, with reads, writes, refused and errors
 "
         }
         _ => return None,
@@ -173,6 +179,7 @@ fn options(command: &str) -> &'static [&'static str] {
         "attach" => &["driver", "permissive"],
         "detach" => &["driver", "timeout", "force"],
         "list" | "status" => &["json"],
+        "serve" => &["foreground"],
         _ => &[],
     }
 }
@@ -208,6 +215,8 @@ fn parse(args: impl IntoIterator<Item = std::ffi::OsString>) -> Outcome<Line> {
             }
             "permissive" => line.permissive = true,
             "force" => line.force = true,
+            // It always runs in the foreground; service managers like to say so.
+            "foreground" => {}
             "json" => line.json = true,
             "no-rebind" => line.no_rebind = true,
             other => return Err(Failure::usage(format!("there is no option --{other}"))),
@@ -281,11 +290,7 @@ fn run() -> Outcome<()> {
     let sysfs = Sysfs::default();
     if command == "config" {
         let functions = addresses(words)?;
-        let fitting = || if Xl.xen().is_ok_and(|xen| xen.mmcfg_off()) { "mmcfg0" } else { "auto" };
-        let mode = line.mode.unwrap_or_else(|| fitting().into());
-        if !["auto", "mmcfg0", "read-only"].contains(&mode.as_str()) {
-            return Err(Failure::usage(format!("--mode {mode} is not auto, mmcfg0 or read-only")));
-        }
+        let mode = config::choose(line.mode.as_deref(), Xl.xen().ok().map(|xen| xen.mmcfg_off()))?;
         let options = config::Options {
             name: line.name.unwrap_or_else(|| "pciback0".into()),
             kernel: line.kernel.unwrap_or_else(|| "/usr/lib/xen/boot/pciback-stubdom".into()),
@@ -378,8 +383,11 @@ fn run() -> Outcome<()> {
                 ));
             }
             rows.retain(|row| wanted.is_empty() || wanted.iter().any(|sbdf| sbdf.to_string() == row.function));
+            list::count(&host, &mut rows);
             if line.json {
                 println!("{:#}", list::json(&rows));
+            } else if wanted.is_empty() {
+                println!("{}", list::overview(&rows));
             } else {
                 println!("{}", list::details(&rows));
             }

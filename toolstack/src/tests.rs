@@ -22,6 +22,10 @@ const NIC: &str = "0000:01:00.0";
 /// Where dom0 wishes that a function be handed over.
 const RETRY: &str = "/local/domain/2/data/pciback/retry";
 
+/// Where dom0 asks for counters, and where they are told.
+const REPORT: &str = "/local/domain/2/data/pciback/report";
+const COUNTERS: &str = "/local/domain/2/data/pciback/device/0000-01-00-0/counters";
+
 /// A host that records. Step number `fail_at` of hypercalls and writes fails.
 struct Fake {
     root: PathBuf,
@@ -41,6 +45,8 @@ struct Fake {
     refuse: Cell<bool>,
     /// Whether another try makes a broken function ready.
     mends: Cell<bool>,
+    /// What the driver domain has counted for the card; without it, it does not answer who asks.
+    counters: RefCell<Option<String>>,
 }
 
 impl Fake {
@@ -81,11 +87,13 @@ impl Fake {
             alive: Cell::new(true),
             refuse: Cell::new(false),
             mends: Cell::new(false),
+            counters: RefCell::default(),
         };
         for (path, value) in [
             ("/local/domain/2/name", "pciback0"),
             ("/local/domain/2/data/pciback/version", "0.1.0"),
             ("/local/domain/2/data/pciback/mode", "mmcfg0"),
+            ("/local/domain/2/data/pciback/state", "ready"),
             ("/local/domain/2/data/pciback/device/0000-01-00-0/state", "ready"),
             ("/local/domain/2/data/pciback/device/0000-01-00-0/id", "8086:10d3"),
             ("/local/domain/3/name", "db1"),
@@ -180,6 +188,12 @@ impl Fake {
         {
             nodes.insert(state, "ready".into());
             nodes.insert(RETRY.into(), String::new());
+        }
+        if let Some(counters) = self.counters.borrow().clone()
+            && nodes.get(REPORT).is_some_and(|wish| wish == "1")
+        {
+            nodes.insert(COUNTERS.into(), counters);
+            nodes.insert(REPORT.into(), String::new());
         }
         if !self.alive.get() || !nodes.contains_key(&format!("{base}/state")) {
             return;
@@ -585,6 +599,96 @@ fn the_list_shows_states_guests_and_promises() {
     );
 }
 
+/// What `status` goes by.
+fn counted(fake: &Fake) -> Vec<list::Row> {
+    fake.with(|host| {
+        let mut rows = list::rows(host).unwrap();
+        list::count(host, &mut rows);
+        rows
+    })
+}
+
+#[test]
+fn the_status_shows_what_guests_do_and_what_is_wrong() {
+    let fake = Fake::new("status");
+    let device = "/local/domain/2/data/pciback/device/0000-01-00-0";
+    fake.attach().unwrap();
+    for (node, value) in
+        [("state", "in-use"), ("frontend", "3"), ("interrupts", "MSI-X 3"), ("msix", "65 entries"), ("reset", "flr")]
+    {
+        fake.set(&format!("{device}/{node}"), value);
+    }
+    fake.set("/local/domain/2/data/pciback/mode", "direct");
+    fake.set("/local/domain/2/data/pciback/mode-why", "Xen takes its calls");
+    fake.set("/local/domain/2/data/pciback/serve", "not needed");
+    *fake.counters.borrow_mut() = Some("120 34 5 6".into());
+    let rows = counted(&fake);
+    assert_eq!(
+        list::overview(&rows),
+        "FUNCTION      STATE   GUEST    MODE    INTERRUPTS  MSI-X       RESET  READS  WRITES  REFUSED  ERRORS\n\
+         0000:01:00.0  in-use  db1 (3)  direct  MSI-X 3     65 entries  flr    120    34      5        6\n\
+         \n\
+         pciback0 (2)\n  mode              direct\n  mode because      Xen takes its calls\n  serve             \
+         not needed"
+    );
+    let paragraph = list::details(&rows);
+    for line in [
+        "0000:01:00.0 8086:10d3: in-use, guest db1 (3)",
+        "  interrupts        MSI-X 3",
+        "  MSI-X             65 entries",
+        "  reset             flr",
+        "  counters          120 reads, 34 writes, 5 refused, 6 errors",
+        "  driver domain     pciback0 (2), mode direct",
+        "  serve             not needed",
+    ] {
+        assert!(paragraph.lines().any(|found| found == line), "{line}:\n{paragraph}");
+    }
+    let json = list::json(&rows);
+    for (key, value) in [("reads", 120), ("writes", 34), ("refused", 5), ("errors", 6)] {
+        assert_eq!(json[0][key], value, "{key}");
+    }
+    assert_eq!(json[0]["serve"], "not needed");
+
+    fake.set(&format!("{device}/state"), "broken");
+    fake.set(&format!("{device}/reason"), "it is on fire");
+    let table = list::overview(&counted(&fake));
+    assert!(table.contains("\n\n0000:01:00.0: broken: it is on fire\n\npciback0 (2)\n"), "{table}");
+}
+
+#[test]
+fn a_driver_domain_that_does_not_answer_has_no_counters() {
+    let fake = Fake::new("uncounted");
+    // From an earlier time, when it did.
+    fake.set(COUNTERS, "1 2 3 4");
+    let rows = counted(&fake);
+    assert!(!fake.nodes.borrow().contains_key(REPORT), "no wish is left behind");
+    let table = list::overview(&rows);
+    let cells: Vec<&str> = table.lines().nth(1).unwrap().split_whitespace().collect();
+    assert_eq!(cells, [NIC, "ready", "-", "mmcfg0", "-", "-", "-", "-", "-", "-", "-"]);
+    assert!(table.ends_with("\n  serve             -"), "{table}");
+    assert!(list::details(&rows).contains("\n  counters          -\n"));
+    let json = list::json(&rows);
+    for key in ["reads", "writes", "refused", "errors", "serve"] {
+        assert_eq!(json[0].get(key), Some(&serde_json::Value::Null), "{key}");
+    }
+    // One that has not come up is not waited for, and nothing is made in its name.
+    *fake.counters.borrow_mut() = Some("9 8 7 6".into());
+    assert_eq!(list::json(&counted(&fake))[0]["reads"], 9);
+    fake.nodes.borrow_mut().remove("/local/domain/2/data/pciback/state");
+    fake.log.borrow_mut().clear();
+    assert_eq!(counted(&fake)[0].counters, None);
+    assert!(fake.log.borrow().is_empty());
+}
+
+#[test]
+fn the_list_asks_for_nothing() {
+    let fake = Fake::new("quiet");
+    *fake.counters.borrow_mut() = Some("1 2 3 4".into());
+    let rows = fake.with(list::rows).unwrap();
+    assert_eq!(rows[0].counters, None);
+    assert!(fake.log.borrow().is_empty() && !fake.nodes.borrow().contains_key(REPORT));
+}
+
 /// The rig's "two-functions" on Xen 4.17: NVMe drive and network card have GSI 21, and after the card was
 /// detached the drive got no interrupt any more ("I/O timeout, completion polled").
 #[test]
@@ -675,6 +779,32 @@ fn what_a_driver_domain_writes_is_bounded_and_fit_for_a_terminal() {
     fake.set("/local/domain/2/backend/pci/3/0/num_devs", "4294967295");
     let link = crate::nodes::Link { driver: 2, guest: 3 };
     assert_eq!(link.count(&fake, 0), Some(256));
+}
+
+#[test]
+fn what_a_driver_domain_tells_the_status_is_no_more_than_it_may_be() {
+    let long = "9".repeat(5000);
+    for counters in ["", "1 2 3", "1 2 3 4 5", "-1 2 3 4", "1 2 3 4\u{1b}[2J", "1 2 3 99999999999999999999", &long] {
+        let fake = Fake::new("hostile-counters");
+        *fake.counters.borrow_mut() = Some(counters.into());
+        assert_eq!(counted(&fake)[0].counters, None, "{counters:?}");
+    }
+    let fake = Fake::new("hostile-status");
+    let device = "/local/domain/2/data/pciback/device/0000-01-00-0";
+    let nasty = format!("\u{1b}]0;owned\u{7}\n{}", "x".repeat(5000));
+    for node in ["state", "reason", "interrupts", "msix", "reset", "id", "frontend"] {
+        fake.set(&format!("{device}/{node}"), &nasty);
+    }
+    for node in ["mode", "mode-why", "serve", "state"] {
+        fake.set(&format!("/local/domain/2/data/pciback/{node}"), &nasty);
+    }
+    *fake.counters.borrow_mut() = Some(nasty);
+    let rows = counted(&fake);
+    assert_eq!((rows[0].counters, rows[0].serve.as_deref()), (None, None));
+    let table = list::overview(&rows);
+    assert!(table.lines().all(|line| line.len() < 700) && !table.contains(['\u{1b}', '\u{7}']), "{table}");
+    assert_eq!(table.lines().count(), 2 + 2 + 5, "{table}");
+    assert!(table.lines().take(2).all(|line| line.len() < 350), "{table}");
 }
 
 #[test]

@@ -122,7 +122,7 @@ fn config_prints_what_check_accepts() {
     let wanted = format!(
         "# Driver domain for PCI functions, written by xl-pciback config.\n\
          # 0000:01:00.0: 1b36:0010, GSI 21, configuration space at frame b0100\n\
-         # mode=mmcfg0: this Xen was booted with mmcfg=0, so the domain may write configuration space\n\
+         # Xen has mmcfg=0: mmcfg0, in which the domain writes configuration space itself\n\
          name = \"pciback0\"\ntype = \"pvh\"\nkernel = \"{image}\"\nmemory = 4\nmaxmem = 4\nvcpus = 1\n\
          iomem = [ \"b0100,1\" ]\n\
          extra = \"ecam=0000:00-ff@b0000000 dev=0000:01:00.0,guest=db1,id=1b36:0010 mode=mmcfg0\"\n"
@@ -132,12 +132,35 @@ fn config_prints_what_check_accepts() {
     assert_eq!(machine.run(&["check", &file]), (0, format!("{file}: fits this host\n"), String::new()));
 
     let stock = Machine::new("config-stock", STOCK);
-    let (code, text, _) = stock.run(&["config", "01:00.0"]);
-    assert!(code == 0 && text.contains(" mode=auto\""), "{text}");
+    let (code, text, _) = stock.run(&["config", "01:00.0", "--kernel", &image]);
+    let why = "\n# auto: direct with the config-owner change, otherwise through xl-pciback serve\n";
+    assert!(code == 0 && text.contains(" mode=auto\"") && text.contains(why), "{text}");
+    let auto = stock.file("auto.cfg", &text);
+    assert_eq!(stock.run(&["check", &auto]), (0, format!("{auto}: fits this host\n"), String::new()));
     let (code, out, err) = stock.run(&["check", &file]);
     assert_eq!(code, 3);
     assert!(out.contains("would end the domain\n  remedy: boot Xen with mmcfg=0"), "{out}");
     assert!(err.contains("1 problem(s)"), "{err}");
+}
+
+#[test]
+fn config_takes_only_a_mode_that_works_on_this_xen() {
+    for (name, info, right, wrong, told) in [
+        ("mode-mmcfg0", MMCFG0, "mmcfg0", "auto", "leave --mode out"),
+        ("mode-stock", STOCK, "auto", "mmcfg0", "boot Xen with mmcfg=0"),
+    ] {
+        let machine = Machine::new(name, info);
+        let image = machine.file("image", "");
+        for mode in [right, "read-only"] {
+            let (code, text, err) = machine.run(&["config", "01:00.0", "--mode", mode, "--kernel", &image]);
+            assert!(code == 0 && text.contains(&format!(" mode={mode}\"")), "{mode}: {err}");
+            let file = machine.file("one.cfg", &text);
+            assert_eq!(machine.run(&["check", &file]).0, 0, "{text}");
+        }
+        let (code, out, err) = machine.run(&["config", "01:00.0", "--mode", wrong]);
+        assert!(code == 1 && out.is_empty() && err.contains(&format!("--mode {wrong}: this Xen was")), "{err}");
+        assert!(err.contains(told), "{err}");
+    }
 }
 
 #[test]

@@ -17,8 +17,12 @@ pub type Pirq = i32;
 pub enum PhysdevError {
     /// EPERM: the function is not this domain's, or not the target's.
     NotPermitted,
+    /// ENOENT: dom0's kernel has no such operation for the function.
+    NotFound,
     /// ESRCH: there is no such domain (any more).
     NoDomain,
+    /// EIO: dom0's kernel could not do it.
+    Failed,
     /// ENXIO: the function's memory decode is off, so Xen cannot reach its MSI-X table.
     NoMemoryDecode,
     /// ENOMEM: Xen has no memory.
@@ -57,7 +61,9 @@ impl PhysdevError {
     pub const fn of(errno: i32) -> PhysdevError {
         match errno {
             1 => PhysdevError::NotPermitted,
+            2 => PhysdevError::NotFound,
             3 => PhysdevError::NoDomain,
+            5 => PhysdevError::Failed,
             6 => PhysdevError::NoMemoryDecode,
             12 => PhysdevError::NoMemory,
             13 => PhysdevError::NotAccessible,
@@ -80,7 +86,9 @@ impl PhysdevError {
     pub const fn errno(self) -> i32 {
         match self {
             PhysdevError::NotPermitted => 1,
+            PhysdevError::NotFound => 2,
             PhysdevError::NoDomain => 3,
+            PhysdevError::Failed => 5,
             PhysdevError::NoMemoryDecode => 6,
             PhysdevError::NoMemory => 12,
             PhysdevError::NotAccessible => 13,
@@ -103,7 +111,9 @@ impl PhysdevError {
     pub const fn name(self) -> &'static str {
         match self {
             PhysdevError::NotPermitted => "EPERM",
+            PhysdevError::NotFound => "ENOENT",
             PhysdevError::NoDomain => "ESRCH",
+            PhysdevError::Failed => "EIO",
             PhysdevError::NoMemoryDecode => "ENXIO",
             PhysdevError::NoMemory => "ENOMEM",
             PhysdevError::NotAccessible => "EACCES",

@@ -37,8 +37,7 @@ impl Counters {
             let plain = |word: &&str| !word.is_empty() && word.len() <= 20 && word.bytes().all(|b| b.is_ascii_digit());
             words.next().filter(plain)?.parse().ok()
         };
-        let counters =
-            Counters { reads: number()?, writes: number()?, refused_writes: number()?, errors: number()? };
+        let counters = Counters { reads: number()?, writes: number()?, refused_writes: number()?, errors: number()? };
         words.next().is_none().then_some(counters)
     }
 }

@@ -128,6 +128,40 @@ fn nothing_a_guest_set_reaches_the_next_guest() {
     assert_eq!(second.read(&mut rig, 0, 0x10, 4), Ok(0xfebc_0000), "no sizing is under way");
 }
 
+/// They count on over connections and guests, each function for itself, and no access publishes them.
+#[test]
+fn what_guests_ask_of_a_function_is_counted_from_the_start_on() {
+    let mut rig = boot("dev=0000:01:00.0 dev=0000:02:00.0 dev=0000:07:00.0");
+    let told = |rig: &model::Rig| {
+        let nodes = rig.backend.counters();
+        let paths: Vec<&str> = nodes.iter().map(|(path, _)| path.as_str()).collect();
+        let wanted = ["0000-01-00-0", "0000-02-00-0", "0000-07-00-0"];
+        assert_eq!(paths, wanted.map(|folder| format!("data/pciback/device/{folder}/counters")));
+        nodes.into_iter().map(|(_, value)| value).collect::<Vec<_>>()
+    };
+    assert_eq!(told(&rig), ["0 0 0 0"; 3]);
+    let mut first = rig.attach(1, &[NIC]);
+    first.connect(&mut rig);
+    let before = rig.world.generation.get();
+    assert_eq!(first.read(&mut rig, 0, 0, 4), Ok(0x100e_8086));
+    assert_eq!(first.write(&mut rig, 0, 4, 2, 0x0006), 0);
+    assert_eq!(first.write(&mut rig, 0, 0x80, 4, 0x1234), 0, "no rule allows it, and it is ignored");
+    assert_eq!(first.read(&mut rig, 0, 0x1000, 4), Err(-2), "beyond the end");
+    assert_eq!(first.operate(&mut rig, 99, 0, 0).err, -4, "no such operation");
+    assert_eq!(first.read(&mut rig, 0x08, 0, 4), Err(-1), "no such function");
+    assert_eq!(told(&rig), ["2 2 1 2", "0 0 0 0", "0 0 0 0"]);
+    assert_eq!(rig.world.generation.get(), before, "nothing was written to xenstore");
+    assert_eq!(rig.published(NIC, "counters"), None);
+    first.connect(&mut rig);
+    assert_eq!(first.read(&mut rig, 0, 0, 2), Ok(0x8086));
+    first.destroy(&mut rig);
+    let mut second = rig.attach(2, &[NIC, "0000:02:00.0"]);
+    second.connect(&mut rig);
+    assert_eq!(second.read(&mut rig, 0, 0, 2), Ok(0x8086));
+    assert_eq!(second.write(&mut rig, 0x08, 4, 2, 0x0002), 0);
+    assert_eq!(told(&rig), ["4 2 1 2", "0 1 0 0", "0 0 0 0"], "the last is not in the host");
+}
+
 #[test]
 fn permissive_is_one_attachments_and_ends_with_it() {
     let mut rig = boot(ONE);

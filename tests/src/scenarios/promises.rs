@@ -9,7 +9,13 @@ use crate::dom0::{DRIVER, Guest, NVME, Outcome, Rig, device_node};
 fn has_drive(rig: &mut Rig, name: &str) -> Outcome {
     let domid = rig.domid(name)?.unwrap_or_default();
     rig.wait_published(&device_node(NVME, "frontend"), &domid.to_string())?;
-    rig.wait_disk(name)?;
+    rig.wait(
+        "the frontend to connect",
+        60,
+        &format!("[ \"$(xenstore-read /local/domain/{domid}/device/pci/0/state)\" = 4 ]"),
+    )?;
+    // One that it had before may be on its way out.
+    rig.guest_wait(name, "its NVMe drive to be read", 60, "rig-agent sum /dev/nvme0n1 0 1")?;
     rig.check_disk(name, 0, 8)
 }
 

@@ -31,7 +31,7 @@ pub(super) fn run(rig: &mut Rig) -> Outcome {
     for (from, to, word) in [
         ("id=1b36:0010", "id=1b36:0011", "1b36:0011"),
         ("b0100,1", "b0101,1", "b0100"),
-        ("mode=mmcfg0", "mode=fast", "mode=fast"),
+        ("extra *= *\"", "extra = \"mode=fast ", "mode=fast"),
     ] {
         let (code, said) =
             rig.exec(&format!("sed 's/{from}/{to}/' /tmp/{DRIVER}.cfg > /tmp/bad.cfg; xl-pciback check /tmp/bad.cfg"))?;

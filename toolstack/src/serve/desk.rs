@@ -67,35 +67,27 @@ impl Desk {
         !self.thread.is_finished()
     }
 
-    /// Closes it, and waits for what it is doing. With `gone`, the driver domain is: what it had mapped is unmapped.
-    pub fn close(self, gone: bool) {
-        if gone {
-            let _ = std::io::Write::write(&mut &self.bell, &[GONE]);
-        }
+    /// Closes it, and waits for what it is doing.
+    pub fn close(self) {
         drop(self.bell);
         let _ = self.thread.join();
     }
 }
-
-/// The byte that says that the driver domain is gone.
-const GONE: u8 = 2;
 
 /// What the bell said.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Bell {
     Look,
     Stop,
-    Gone,
 }
 
 fn listen(mut ring: &UnixStream) -> Bell {
-    let (mut bytes, mut said) = ([0; 64], Bell::Look);
+    let mut bytes = [0; 64];
     loop {
         match ring.read(&mut bytes) {
-            Ok(0) => return if said == Bell::Gone { said } else { Bell::Stop },
-            Ok(count) if bytes.iter().take(count).any(|byte| *byte == GONE) => said = Bell::Gone,
+            Ok(0) => return Bell::Stop,
             Ok(_) => {}
-            Err(_) => return said,
+            Err(_) => return Bell::Look,
         }
     }
 }
@@ -123,18 +115,13 @@ fn run(driver: &Driver, sysfs: Sysfs, dir: PathBuf, libdir: Option<&str>, ring: 
                 listen(ring)
             }
         };
-        match bell {
-            Bell::Look => {}
-            Bell::Stop => return Ok(()),
-            Bell::Gone => {
-                office.close();
-                return Ok(());
-            }
+        if bell == Bell::Stop {
+            return Ok(());
         }
     }
 }
 
-/// Serves until the bell wants something else than a look.
+/// Serves until the bell says stop.
 fn serve(office: &mut Office<'_>, channel: &Channel, driver: &Driver, ring: &UnixStream) -> Bell {
     let session = RandomState::new().hash_one(Instant::now()) as u32;
     if !channel.send(&office.begin(session).encode()) {
@@ -163,11 +150,8 @@ fn serve(office: &mut Office<'_>, channel: &Channel, driver: &Driver, ring: &Uni
         if ready.first() == Some(&true) {
             channel.take_event();
         }
-        if ready.get(1) == Some(&true) {
-            match listen(ring) {
-                Bell::Look => {}
-                other => return other,
-            }
+        if ready.get(1) == Some(&true) && listen(ring) == Bell::Stop {
+            return Bell::Stop;
         }
     }
 }

@@ -125,7 +125,7 @@ pub fn serve(xen: &Xen, sysfs: &Sysfs, options: Options) -> Outcome<()> {
     let ended = serve.run(&woken);
     eprintln!("xl-pciback: ending");
     for (_, desk) in std::mem::take(&mut serve.desks) {
-        desk.close(false);
+        desk.close();
     }
     let _ = xen.remove(0, NODE);
     ended
@@ -271,7 +271,7 @@ impl Serve<'_> {
         let gone: Vec<u32> = self.desks.keys().filter(|domid| !view.domains.contains_key(domid)).copied().collect();
         for domid in gone {
             if let Some(desk) = self.desks.remove(&domid) {
-                desk.close(false);
+                desk.close();
             }
         }
         self.failed

@@ -19,7 +19,6 @@ use pciback::throttle::Throttle;
 use super::journal::{Journal, Mapping};
 use super::rules::Rules;
 use crate::domains::Driver;
-use crate::error::errno;
 use crate::nodes;
 use crate::sysfs::Sysfs;
 use crate::xen::Store;
@@ -289,22 +288,6 @@ impl<'a> Office<'a> {
             self.name
         );
         function.journal.end(None);
-    }
-
-    /// Unmaps everything the driver domain had mapped: it is gone, and its guests' vectors would keep the functions.
-    pub fn close(&mut self) {
-        for (sbdf, function) in &mut self.functions {
-            for mapping in function.journal.mapped().clone() {
-                if let Err(number) = unmap(self.calls, function, mapping) {
-                    eprintln!(
-                        "xl-pciback: warning: {sbdf}: pirq {} of domain {} stays mapped: {}",
-                        mapping.1,
-                        mapping.0,
-                        errno(number)
-                    );
-                }
-            }
-        }
     }
 }
 
@@ -602,8 +585,6 @@ mod tests {
         drop(journal);
         drop(host.office());
         assert_eq!(host.fake.mapped.borrow().iter().copied().collect::<Vec<_>>(), [(7, 54)]);
-        host.office().close();
-        assert!(host.fake.mapped.borrow().is_empty());
     }
 
     #[test]
