@@ -145,21 +145,22 @@ fn config_prints_what_check_accepts() {
 
 #[test]
 fn config_takes_only_a_mode_that_works_on_this_xen() {
-    for (name, info, right, wrong, told) in [
-        ("mode-mmcfg0", MMCFG0, "mmcfg0", "auto", "leave --mode out"),
-        ("mode-stock", STOCK, "auto", "mmcfg0", "boot Xen with mmcfg=0"),
+    for (name, info, right, wrong) in [
+        ("mode-mmcfg0", MMCFG0, &["mmcfg0", "auto", "read-only"][..], None),
+        ("mode-stock", STOCK, &["auto", "read-only"], Some("mmcfg0")),
     ] {
         let machine = Machine::new(name, info);
         let image = machine.file("image", "");
-        for mode in [right, "read-only"] {
+        for mode in right {
             let (code, text, err) = machine.run(&["config", "01:00.0", "--mode", mode, "--kernel", &image]);
             assert!(code == 0 && text.contains(&format!(" mode={mode}\"")), "{mode}: {err}");
             let file = machine.file("one.cfg", &text);
             assert_eq!(machine.run(&["check", &file]).0, 0, "{text}");
         }
+        let Some(wrong) = wrong else { continue };
         let (code, out, err) = machine.run(&["config", "01:00.0", "--mode", wrong]);
         assert!(code == 1 && out.is_empty() && err.contains(&format!("--mode {wrong}: this Xen was")), "{err}");
-        assert!(err.contains(told), "{err}");
+        assert!(err.contains("boot Xen with mmcfg=0"), "{err}");
     }
 }
 
