@@ -123,10 +123,11 @@ fn orphan(host: &Host<'_>, guest: &Guest, function: &Function, options: &Options
         ));
     }
     let others = rights::others(host, guest.domid, sbdf);
+    let link = Link { driver: 0, guest: guest.domid };
+    let port = host.store.read(0, &link.front("event-channel")).and_then(|text| text.parse().ok());
     let forgotten = transaction(host.store, |tx| {
         host.store.remove(tx, &nodes::record(sbdf, "domid"))?;
         // The guest's end is removed with the last function, if its backend is gone as well.
-        let link = Link { driver: 0, guest: guest.domid };
         let backend = host.store.read(tx, &link.front("backend-id")).and_then(|text| text.parse().ok());
         let gone = |driver| host.store.read(tx, &Link { driver, guest: guest.domid }.back("state")).is_none();
         if others.is_empty() && backend.is_some_and(gone) {
@@ -138,6 +139,16 @@ fn orphan(host: &Host<'_>, guest: &Guest, function: &Function, options: &Options
         }
         Ok(())
     });
+    // Its end goes with the device, after its driver has let go. Every access to configuration space takes the guest two
+    // seconds now that nobody answers. A guest that takes longer than is waited for loses the device under its driver.
+    if let (Ok(()), Some(port)) = (forgotten, port) {
+        let gone = || host.xen.port_is_closed(guest.domid, port).unwrap_or(true);
+        let removed = host.store.read(0, &link.front("state")).is_none();
+        if removed && !gone() {
+            eprintln!("xl-pciback: {sbdf}: waiting for guest {:?} to remove it", guest.name);
+            host.wait(options.timeout, || gone().then_some(()));
+        }
+    }
     finish(host, guest, function, &others, forgotten, false)
 }
 

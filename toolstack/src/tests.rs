@@ -268,6 +268,9 @@ impl Hypervisor for Fake {
     fn unmap_pirq(&self, domid: u32, pirq: u32) -> Result<(), i32> {
         self.try_step(format!("pirq {domid} {pirq} -"))
     }
+    fn port_is_closed(&self, _: u32, _: u32) -> Result<bool, i32> {
+        Ok(true)
+    }
     fn irq(&self, domid: u32, pirq: u32, allow: bool) -> Result<(), i32> {
         self.try_step(format!("irq {domid} {pirq} {}", sign(allow)))
     }

@@ -199,7 +199,7 @@ pub fn parse(line: &str) -> (Config, Vec<Complaint>) {
                 "auto" => config.mode = Mode::Auto,
                 "mmcfg0" => config.mode = Mode::Mmcfg0,
                 "read-only" => config.mode = Mode::ReadOnly,
-                "direct" | "delegated" => complain("not in this version; taken as mode=auto"),
+                "direct" | "delegated" => complain("is what mode=auto finds out; taken as that"),
                 _ => complain("no such mode: auto, mmcfg0 or read-only"),
             },
             "log" => match value {

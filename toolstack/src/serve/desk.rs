@@ -13,7 +13,7 @@ use pciback::delegate::message::{CHANNEL, REQUEST};
 
 use super::office::Office;
 use crate::domains::Driver;
-use crate::error::Outcome;
+use crate::error::{Outcome, errno};
 use crate::sysfs::Sysfs;
 use crate::xen::calls::Calls;
 use crate::xen::channel::Channel;
@@ -95,16 +95,31 @@ fn listen(mut ring: &UnixStream) -> Bell {
 fn run(driver: &Driver, sysfs: Sysfs, dir: PathBuf, libdir: Option<&str>, ring: &UnixStream) -> Outcome<()> {
     let xen = Xen::open(libdir)?;
     let calls = Calls::open(&xen)?;
-    let mut office = Office::open(&calls, &xen, sysfs, dir, driver);
+    // A note first: a domain that stood still when the last life ended goes on now.
+    let note = dir.with_file_name(format!("paused-{}", driver.domid));
+    if note.exists() {
+        let _ = xen.pause(driver.domid, false);
+        let _ = std::fs::remove_file(&note);
+    }
+    let pause = |still: bool| {
+        let noted = if still { std::fs::write(&note, "") } else { Ok(()) };
+        if let (Ok(()), Err(number)) = (noted, xen.pause(driver.domid, still)) {
+            eprintln!("xl-pciback: driver domain {:?} cannot be paused: {}", driver.name, errno(number));
+        }
+        if !still {
+            let _ = std::fs::remove_file(&note);
+        }
+    };
+    let mut office = Office::open(&calls, &pause, &xen, sysfs, dir, driver);
     let announced = format!("/local/domain/{}/{CHANNEL}/ring-ref", driver.domid);
-    let mut told = false;
+    let (mut told, mut spoilt) = (false, false);
     loop {
         // Without an announcement only the bell can bring one.
         let channel = xen.read(0, &announced).and_then(|_| Channel::open(&xen, driver.domid).ok());
         let bell = match channel {
             Some(channel) => {
                 told = false;
-                serve(&mut office, &channel, driver, ring)
+                serve(&mut office, &channel, driver, ring, &mut spoilt)
             }
             None => {
                 let held = xen.read(0, &announced).is_some();
@@ -122,10 +137,12 @@ fn run(driver: &Driver, sysfs: Sysfs, dir: PathBuf, libdir: Option<&str>, ring: 
 }
 
 /// Serves until the bell says stop.
-fn serve(office: &mut Office<'_>, channel: &Channel, driver: &Driver, ring: &UnixStream) -> Bell {
+fn serve(office: &mut Office<'_>, channel: &Channel, driver: &Driver, ring: &UnixStream, spoilt: &mut bool) -> Bell {
     let session = RandomState::new().hash_one(Instant::now()) as u32;
     if !channel.send(&office.begin(session).encode()) {
-        eprintln!("xl-pciback: driver domain {:?} has no room for a word in its channel: not served", driver.name);
+        if !std::mem::replace(spoilt, true) {
+            eprintln!("xl-pciback: driver domain {:?} has no room for a word in its channel: not served", driver.name);
+        }
         wait_readable(&[ring.as_raw_fd()], None);
         return listen(ring);
     }

@@ -6,12 +6,12 @@
 //!
 //! ```text
 //! begin GUEST        a mapping is about to be asked for
-//! mapped GUEST PIRQ  Xen has made it
+//! mapped GUEST PIRQ WHAT  Xen has made it: "msi", or the entry of the MSI-X table
 //! failed             Xen has not
 //! unmapped GUEST PIRQ
 //! ```
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -24,6 +24,9 @@ use pciback::sbdf::Sbdf;
 /// A mapping: the guest, and the (first) pirq.
 pub type Mapping = (DomId, Pirq);
 
+/// What a pirq is for: an entry of the MSI-X table, or `None` for MSI.
+pub type What = Option<u16>;
+
 /// Lines after which a file is written anew.
 const LONG: usize = 4096;
 
@@ -32,23 +35,29 @@ const LONG: usize = 4096;
 pub struct Journal {
     path: PathBuf,
     file: Option<fs::File>,
-    mapped: BTreeSet<Mapping>,
+    mapped: BTreeMap<Mapping, What>,
     begun: Option<DomId>,
     lines: usize,
 }
 
+fn line(((guest, pirq), what): (Mapping, What)) -> String {
+    let what = what.map_or_else(|| "msi".to_string(), |entry| entry.to_string());
+    format!("mapped {guest} {pirq} {what}\n")
+}
+
 /// What a file says.
-fn replay(text: &str) -> (BTreeSet<Mapping>, Option<DomId>) {
-    let (mut mapped, mut begun) = (BTreeSet::new(), None);
-    for line in text.lines() {
+fn replay(text: &str) -> (BTreeMap<Mapping, What>, Option<DomId>) {
+    let (mut mapped, mut begun) = (BTreeMap::new(), None);
+    // A last line without its end was cut short, and may say another number.
+    for line in text.split_inclusive('\n').filter(|line| line.ends_with('\n')) {
         let words: Vec<&str> = line.split_ascii_whitespace().collect();
         match *words.as_slice() {
             ["begin", guest] => begun = guest.parse().ok(),
             ["failed"] => begun = None,
-            ["mapped", guest, pirq] => {
+            ["mapped", guest, pirq, what] => {
                 begun = None;
                 if let (Ok(guest), Ok(pirq)) = (guest.parse(), pirq.parse()) {
-                    mapped.insert((guest, pirq));
+                    mapped.insert((guest, pirq), what.parse().ok());
                 }
             }
             ["unmapped", guest, pirq] => {
@@ -56,7 +65,6 @@ fn replay(text: &str) -> (BTreeSet<Mapping>, Option<DomId>) {
                     mapped.remove(&(guest, pirq));
                 }
             }
-            // The last line of a file can be cut short.
             _ => {}
         }
     }
@@ -76,11 +84,11 @@ impl Journal {
     /// Every mapping that any journal in `dir` has.
     pub fn all(dir: &Path) -> BTreeSet<Mapping> {
         let files = fs::read_dir(dir).into_iter().flatten().flatten();
-        files.flat_map(|file| replay(&fs::read_to_string(file.path()).unwrap_or_default()).0).collect()
+        files.flat_map(|file| replay(&fs::read_to_string(file.path()).unwrap_or_default()).0.into_keys()).collect()
     }
 
     /// What is mapped.
-    pub fn mapped(&self) -> &BTreeSet<Mapping> {
+    pub fn mapped(&self) -> &BTreeMap<Mapping, What> {
         &self.mapped
     }
 
@@ -100,9 +108,9 @@ impl Journal {
     }
 
     /// How it ended. A line that cannot be written leaves the mapping "begun", and it is looked for later.
-    pub fn end(&mut self, made: Option<Mapping>) {
+    pub fn end(&mut self, made: Option<(Mapping, What)>) {
         let line = match made {
-            Some((guest, pirq)) => format!("mapped {guest} {pirq}\n"),
+            Some(made) => line(made),
             None => "failed\n".to_string(),
         };
         self.begun = None;
@@ -136,7 +144,7 @@ impl Journal {
     /// Writes the file anew with what is mapped; the old one stays if that fails.
     fn rewrite(&mut self) {
         let begun = self.begun.map(|guest| format!("begin {guest}\n"));
-        let lines = self.mapped.iter().map(|(guest, pirq)| format!("mapped {guest} {pirq}\n"));
+        let lines = self.mapped.iter().map(|(mapping, what)| line((*mapping, *what)));
         // "begin" last: a "mapped" behind it would end it.
         let text: String = lines.chain(begun).collect();
         let fresh = self.path.with_extension("new");
@@ -150,7 +158,7 @@ impl Journal {
 
 /// What is mapped of a function, without taking its journal over.
 pub fn mapped(dir: &Path, sbdf: Sbdf) -> BTreeSet<Mapping> {
-    replay(&fs::read_to_string(dir.join(folder(sbdf))).unwrap_or_default()).0
+    replay(&fs::read_to_string(dir.join(folder(sbdf))).unwrap_or_default()).0.into_keys().collect()
 }
 
 /// Notes in somebody else's journal that a mapping is gone.
@@ -184,9 +192,9 @@ mod tests {
         let sbdf: Sbdf = "0000:01:00.0".parse().unwrap();
         let mut journal = Journal::open(&dir, sbdf);
         journal.begin(7).unwrap();
-        journal.end(Some((7, 55)));
+        journal.end(Some(((7, 55), Some(0))));
         journal.begin(7).unwrap();
-        journal.end(Some((7, 54)));
+        journal.end(Some(((7, 54), None)));
         journal.begin(7).unwrap();
         journal.end(None);
         journal.unmapped((7, 55));
@@ -194,7 +202,10 @@ mod tests {
         drop(journal);
         for _ in 0..2 {
             let journal = Journal::open(&dir, sbdf);
-            assert_eq!(journal.mapped().iter().copied().collect::<Vec<_>>(), [(7, 54)]);
+            assert_eq!(
+                journal.mapped().iter().map(|(mapping, what)| (*mapping, *what)).collect::<Vec<_>>(),
+                [((7, 54), None)]
+            );
             assert_eq!(journal.begun(), Some(8));
             assert_eq!(Journal::all(&dir).len(), 1);
         }
@@ -212,16 +223,16 @@ mod tests {
         let mut journal = Journal::open(&dir, sbdf);
         for round in 0..10_000 {
             journal.begin(7).unwrap();
-            journal.end(Some((7, round)));
+            journal.end(Some(((7, round), Some(3))));
             journal.unmapped((7, round));
         }
         let path = dir.join(folder(sbdf));
         assert!(fs::metadata(&path).unwrap().len() < 200_000);
         let mut text = fs::read_to_string(&path).unwrap();
-        text.push_str("mapped 7 9\nmapped 7 ");
+        text.push_str("mapped 7 9 0\nmapped 7 8 1");
         fs::write(&path, text).unwrap();
         assert_eq!(Journal::open(&dir, sbdf).mapped().len(), 1);
-        assert_eq!(replay("nonsense\nmapped x y\nmapped 1\n"), (BTreeSet::new(), None));
+        assert_eq!(replay("nonsense\nmapped x y 0\nmapped 1\n"), (BTreeMap::new(), None));
         fs::remove_dir_all(&dir).unwrap();
     }
 }

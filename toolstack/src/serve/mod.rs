@@ -16,8 +16,10 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use pciback::cmdline::Mode;
 use pciback::sbdf::Sbdf;
 
 use self::desk::Desk;
@@ -44,6 +46,19 @@ const REMINDERS: [Duration; 3] = [Duration::from_secs(3), Duration::from_secs(15
 /// After which times a failed attachment is tried again, if nothing changes before.
 const RETRIES: [Duration; 3] = [Duration::from_secs(5), Duration::from_secs(30), Duration::from_secs(120)];
 
+/// How long a guest may take to remove a device whose driver domain is gone.
+const REMOVAL: Duration = Duration::from_secs(120);
+
+/// How often a domain is looked up because it says something.
+const LOOK_UPS: u32 = 20;
+
+/// After how long a failed look at the domains is repeated.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
+
+/// The least time between two attachments of a function to the same guest is one second, twice as long with each, and at
+/// most two to this power: a guest can have its end taken down as often as it likes.
+const SLOWEST: u32 = 8;
+
 /// One attachment: driver domain, guest, function.
 type Key = (u32, u32, Sbdf);
 
@@ -56,7 +71,15 @@ struct Failed {
     state: String,
 }
 
-/// What a thread that attaches tells.
+/// What a thread does for a guest.
+enum Job {
+    /// Attaches a function by the driver domain with this name and number.
+    Attach(String, u32),
+    /// Takes a function away that no driver domain serves any more.
+    Orphan,
+}
+
+/// What such a thread tells. For a function that was taken away the driver domain is 0.
 struct Done {
     key: Key,
     outcome: Outcome<String>,
@@ -77,11 +100,17 @@ struct Serve<'a> {
     drivers: Vec<Driver>,
     /// Domains that are watched.
     watched: BTreeSet<u32>,
-    /// The drivers are to be asked for anew.
+    /// The drivers are to be asked for anew, and when if that failed.
     stale: bool,
+    again: Option<Instant>,
+    /// How often a domain that says something like a driver domain was looked up.
+    looked_up: BTreeMap<u32, u32>,
+    /// Attachments that were made: how often, and before when not to be made again.
+    made: BTreeMap<(u32, Sbdf), (u32, Instant)>,
     desks: BTreeMap<u32, Desk>,
-    /// Guests with a thread that attaches.
+    /// Guests with a thread that attaches, and the threads.
     busy: BTreeSet<u32>,
+    workers: Vec<JoinHandle<()>>,
     failed: BTreeMap<Key, Failed>,
     /// Guests to remind: when, and how often it was done.
     reminders: BTreeMap<(u32, u32), (Instant, usize)>,
@@ -108,6 +137,10 @@ pub fn serve(xen: &Xen, sysfs: &Sysfs, options: Options) -> Outcome<()> {
         drivers: Vec::new(),
         watched: BTreeSet::new(),
         stale: true,
+        again: None,
+        looked_up: BTreeMap::new(),
+        made: BTreeMap::new(),
+        workers: Vec::new(),
         desks: BTreeMap::new(),
         busy: BTreeSet::new(),
         failed: BTreeMap::new(),
@@ -124,6 +157,10 @@ pub fn serve(xen: &Xen, sysfs: &Sysfs, options: Options) -> Outcome<()> {
     eprintln!("xl-pciback: serving");
     let ended = serve.run(&woken);
     eprintln!("xl-pciback: ending");
+    // They stop waiting by the same signal, and undo what they have begun.
+    for worker in std::mem::take(&mut serve.workers) {
+        let _ = worker.join();
+    }
     for (_, desk) in std::mem::take(&mut serve.desks) {
         desk.close();
     }
@@ -212,8 +249,14 @@ impl Serve<'_> {
                 let domid = domid.parse().unwrap_or(0);
                 match self.desks.get(&domid) {
                     Some(desk) if path.contains("/channel/") => desk.ring(),
-                    // It was created before its configuration could be read.
-                    _ => self.stale |= !self.drivers.iter().any(|driver| driver.domid == domid),
+                    // It may have been created before its configuration could be read. Any domain can say such things, so
+                    // that is looked at a few times only.
+                    _ if !self.drivers.iter().any(|driver| driver.domid == domid) => {
+                        let times = self.looked_up.entry(domid).or_default();
+                        *times += 1;
+                        self.stale |= *times <= LOOK_UPS;
+                    }
+                    _ => {}
                 }
                 // Counters are nothing to act on.
                 path.ends_with("/state") || path.ends_with("/mode") || path.ends_with("/data/pciback")
@@ -224,7 +267,9 @@ impl Serve<'_> {
 
     fn next_deadline(&self) -> Option<Instant> {
         let retries = self.failed.values().filter_map(|failed| failed.again);
-        retries.chain(self.reminders.values().map(|(due, _)| *due)).min()
+        let now = Instant::now();
+        let made = self.made.values().map(|(_, due)| *due).filter(|due| *due > now);
+        retries.chain(self.reminders.values().map(|(due, _)| *due)).chain(self.again).chain(made).min()
     }
 
     /// Something is due: reminds guests, and lets failed attachments be tried again. True if those are to be looked at.
@@ -235,7 +280,17 @@ impl Serve<'_> {
         for (driver, guest) in due {
             self.remind(Link { driver, guest });
         }
-        self.failed.values().any(|failed| failed.again.is_some_and(|again| again <= now))
+        let mut any = self.made.values().any(|(_, due)| *due <= now && now - *due < PAUSE);
+        for failed in self.failed.values_mut().filter(|failed| failed.again.is_some_and(|again| again <= now)) {
+            // To be tried whatever the driver domain says of it; if nobody wants it any more, that was all.
+            (failed.again, failed.state) = (None, String::new());
+            any = true;
+        }
+        if self.again.is_some_and(|again| again <= now) {
+            self.again = None;
+            any = true;
+        }
+        any
     }
 
     /// A guest whose frontend has not begun to connect may have missed that it has a device: its node is written again.
@@ -262,8 +317,11 @@ impl Serve<'_> {
                     self.stale = false;
                     self.drivers = drivers;
                 }
-                // Domains come and go while xl looks; the next event, or the next look, finds them.
-                Err(failure) => eprintln!("{failure}"),
+                // Domains come and go while xl looks.
+                Err(failure) => {
+                    eprintln!("{failure}");
+                    self.again = Some(Instant::now() + LOOK_AGAIN);
+                }
             }
         }
         let view = self.view();
@@ -274,25 +332,28 @@ impl Serve<'_> {
                 desk.close();
             }
         }
-        self.failed
-            .retain(|(driver, guest, _), _| view.domains.contains_key(driver) && view.domains.contains_key(guest));
+        let there = |driver: &u32| *driver == 0 || view.domains.contains_key(driver);
+        self.failed.retain(|(driver, guest, _), _| there(driver) && view.domains.contains_key(guest));
         self.reminders
             .retain(|(driver, guest), _| view.domains.contains_key(driver) && view.domains.contains_key(guest));
+        self.looked_up.retain(|domid, _| view.domains.contains_key(domid));
+        self.made.retain(|(guest, _), _| view.domains.contains_key(guest));
         let mut held_up = BTreeSet::new();
         for step in plan(&view) {
             match step {
                 Step::Forget { sbdf, guest, driver } => self.forget(sbdf, guest, driver),
                 Step::Orphan { sbdf, guest } => {
-                    if !self.orphan(sbdf, guest) {
-                        held_up.insert(sbdf);
+                    held_up.insert(sbdf);
+                    let waits = self.failed.get(&(0, guest, sbdf)).is_some_and(|failed| failed.again.is_some());
+                    if !waits {
+                        self.start(guest, sbdf, Job::Orphan);
                     }
                 }
                 Step::Attach { .. } => {}
             }
         }
         // What guests have from before is settled now: a new driver domain may have the functions.
-        let newcomers: Vec<Driver> =
-            self.drivers.iter().filter(|driver| view.domains.contains_key(&driver.domid)).cloned().collect();
+        let newcomers = served(&self.drivers, &view);
         for driver in newcomers {
             let ready = !driver.config.devices.iter().any(|device| held_up.contains(&device.sbdf));
             self.desks.retain(|_, desk| desk.is_open());
@@ -392,24 +453,6 @@ impl Serve<'_> {
         }
     }
 
-    /// Takes a function from a guest whose driver domain is gone. False if it could not be done.
-    fn orphan(&self, sbdf: Sbdf, guest: u32) -> bool {
-        eprintln!(
-            "xl-pciback: {sbdf}: its driver domain is another one now: guest {guest} gets it again from that one"
-        );
-        let options = detach::Options { driver: None, force: true, timeout: Duration::from_secs(1) };
-        match detach(&self.host(), &guest.to_string(), sbdf, &options) {
-            Ok(done) => eprintln!("xl-pciback: {done}"),
-            Err(failure) => {
-                eprintln!("{failure}");
-                return false;
-            }
-        }
-        // That was nobody's wish to keep it from the guest.
-        let _ = self.xen.remove(0, &nodes::record(sbdf, "released"));
-        true
-    }
-
     /// Starts the attachments that are due, one a guest at a time.
     fn attach(&mut self, view: &View) {
         let now = Instant::now();
@@ -421,19 +464,34 @@ impl Serve<'_> {
             let waits = self.failed.get(&key).is_some_and(|failed| {
                 state.as_ref() == Some(&failed.state) && failed.again.is_none_or(|again| again > now)
             });
-            if waits || !self.busy.insert(guest) {
-                continue;
+            let early = self.made.get(&(guest, sbdf)).is_some_and(|(_, due)| *due > now);
+            if !waits && !early {
+                self.start(guest, sbdf, Job::Attach(driver, domid));
             }
-            let (results, libdir, sysfs) = (self.results.0.clone(), self.options.libdir.clone(), self.sysfs.clone());
-            let Ok(bell) = self.bell.0.try_clone() else { continue };
-            let body = move || {
-                let outcome = attach_one(libdir.as_deref(), &sysfs, guest, sbdf, driver);
-                let _ = results.send(Done { key, outcome });
-                let _ = std::io::Write::write(&mut &bell, &[1]);
-            };
-            let started = std::thread::Builder::new().name("attach".into()).stack_size(512 << 10).spawn(body);
-            if let Err(error) = started {
-                eprintln!("xl-pciback: {sbdf}: no thread to attach it: {error}");
+        }
+    }
+
+    /// Starts a thread for a guest, if it has none.
+    fn start(&mut self, guest: u32, sbdf: Sbdf, job: Job) {
+        if !self.busy.insert(guest) {
+            return;
+        }
+        let key = (if let Job::Attach(_, domid) = &job { *domid } else { 0 }, guest, sbdf);
+        let (results, libdir, sysfs) = (self.results.0.clone(), self.options.libdir.clone(), self.sysfs.clone());
+        let Ok(bell) = self.bell.0.try_clone() else {
+            self.busy.remove(&guest);
+            return;
+        };
+        let body = move || {
+            let outcome = work(libdir.as_deref(), &sysfs, guest, sbdf, job);
+            let _ = results.send(Done { key, outcome });
+            let _ = std::io::Write::write(&mut &bell, &[1]);
+        };
+        self.workers.retain(|worker| !worker.is_finished());
+        match std::thread::Builder::new().name("attach".into()).stack_size(512 << 10).spawn(body) {
+            Ok(worker) => self.workers.push(worker),
+            Err(error) => {
+                eprintln!("xl-pciback: {sbdf}: no thread for it: {error}");
                 self.busy.remove(&guest);
             }
         }
@@ -447,6 +505,12 @@ impl Serve<'_> {
             Ok(text) => {
                 eprintln!("xl-pciback: {text}");
                 self.failed.remove(&key);
+                if domid == 0 {
+                    return;
+                }
+                let (times, due) = self.made.entry((guest, sbdf)).or_insert((0, Instant::now()));
+                *due = Instant::now() + Duration::from_secs(1 << *times);
+                *times = (*times + 1).min(SLOWEST);
                 self.reminders.insert((domid, guest), (Instant::now() + REMINDERS[0], 0));
             }
             Err(failure) => {
@@ -460,11 +524,46 @@ impl Serve<'_> {
     }
 }
 
-/// Attaches one function, with connections of its own.
-fn attach_one(libdir: Option<&str>, sysfs: &Sysfs, guest: u32, sbdf: Sbdf, driver: String) -> Outcome<String> {
+/// The driver domains that run and may ask for something, each with the functions that no other has before it: a
+/// function has one owner, and it is the elder. One that is not to write has nothing to ask for.
+fn served(drivers: &[Driver], view: &View) -> Vec<Driver> {
+    let mut taken = BTreeSet::new();
+    let mut running: Vec<Driver> =
+        drivers.iter().filter(|driver| view.domains.contains_key(&driver.domid)).cloned().collect();
+    running.sort_by_key(|driver| driver.domid);
+    running.retain(|driver| driver.config.mode != Mode::ReadOnly);
+    for driver in &mut running {
+        let name = driver.name.clone();
+        driver.config.devices.retain(|device| {
+            let first = taken.insert(device.sbdf);
+            if !first {
+                eprintln!("xl-pciback: {}: another driver domain has it: {name:?} cannot", device.sbdf);
+            }
+            first
+        });
+    }
+    running
+}
+
+/// Does one job, with connections of its own.
+fn work(libdir: Option<&str>, sysfs: &Sysfs, guest: u32, sbdf: Sbdf, job: Job) -> Outcome<String> {
     let xen = Xen::open(libdir)?;
     let journals = Path::new(nodes::JOURNALS).to_path_buf();
     let host = Host { xen: &xen, store: &xen, sysfs, domains: &Xl, patience: attach::PATIENCE, journals };
-    let options = attach::Options { driver: Some(driver), permissive: false };
-    attach::attach(&host, &guest.to_string(), sbdf, &options)
+    match job {
+        Job::Attach(driver, _) => {
+            let options = attach::Options { driver: Some(driver), permissive: false };
+            attach::attach(&host, &guest.to_string(), sbdf, &options)
+        }
+        Job::Orphan => {
+            eprintln!(
+                "xl-pciback: {sbdf}: no driver domain serves it to guest {guest} any more, so it is taken from it"
+            );
+            let options = detach::Options { driver: None, force: true, timeout: REMOVAL };
+            let done = detach(&host, &guest.to_string(), sbdf, &options)?;
+            // That was nobody's wish to keep it from the guest.
+            let _ = xen.remove(0, &nodes::record(sbdf, "released"));
+            Ok(done)
+        }
+    }
 }

@@ -6,10 +6,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use pciback::cmdline::Reset;
+use pciback::cmdline::{DeviceConfig, Reset};
+use pciback::config::registers::{command, offset};
 use pciback::delegate::message::{Answer, Operation, REQUEST, Request};
 use pciback::physdev::{Pirq, Vector};
 use pciback::platform::{DomId, Width};
@@ -29,11 +31,13 @@ mod number {
     pub const EPERM: u32 = 1;
     pub const ENOENT: u32 = 2;
     pub const EIO: u32 = 5;
+    pub const ENXIO: u32 = 6;
     pub const EBUSY: u32 = 16;
+    pub const EEXIST: u32 = 17;
     pub const ENODEV: u32 = 19;
     pub const EINVAL: u32 = 22;
 }
-use number::{EBUSY, EINVAL, EIO, ENODEV, ENOENT, EPERM};
+use number::{EBUSY, EEXIST, EINVAL, EIO, ENODEV, ENOENT, ENXIO, EPERM};
 
 /// How long a guest that was looked up counts as the one that has a function. Xen itself maps for nobody else.
 const FRESH: Duration = Duration::from_secs(1);
@@ -45,8 +49,8 @@ const LAST: Pirq = 2048;
 
 /// A function of the driver domain.
 struct Function {
-    reset_by_bus: bool,
-    space: Option<fs::File>,
+    entry: DeviceConfig,
+    space: Option<Rc<fs::File>>,
     rules: Option<Rules>,
     journal: Journal,
     kept: BTreeSet<Mapping>,
@@ -57,6 +61,8 @@ struct Function {
 /// One driver domain's office.
 pub struct Office<'a> {
     calls: &'a dyn Physdev,
+    /// Stops and lets go the driver domain, so that it changes nothing between a look and a call.
+    pause: &'a dyn Fn(bool),
     store: &'a dyn Store,
     sysfs: Sysfs,
     /// Where the journals are.
@@ -84,14 +90,15 @@ impl<'a> Office<'a> {
     /// The office for `driver`. Mappings of which nobody knows whether they were made are looked for at once.
     pub fn open(
         calls: &'a dyn Physdev,
+        pause: &'a dyn Fn(bool),
         store: &'a dyn Store,
         sysfs: Sysfs,
         dir: PathBuf,
         driver: &Driver,
     ) -> Office<'a> {
-        let function = |device: &pciback::cmdline::DeviceConfig| {
+        let function = |device: &DeviceConfig| {
             let function = Function {
-                reset_by_bus: device.reset == Reset::Bus,
+                entry: device.clone(),
                 space: None,
                 rules: None,
                 journal: Journal::open(&dir, device.sbdf),
@@ -105,7 +112,7 @@ impl<'a> Office<'a> {
         let name = driver.name.clone();
         let throttle = Throttle::default();
         let mut office =
-            Office { calls, store, sysfs, dir, name, session: 0, functions, throttle, start: Instant::now() };
+            Office { calls, pause, store, sysfs, dir, name, session: 0, functions, throttle, start: Instant::now() };
         let all: Vec<Sbdf> = office.functions.keys().copied().collect();
         for sbdf in all {
             office.recover(sbdf);
@@ -161,23 +168,25 @@ impl<'a> Office<'a> {
         let Some(function) = self.functions.get_mut(&sbdf) else {
             return refused(EPERM, "its xl configuration (dev=) does not list this function");
         };
+        if function.reset.as_ref().is_some_and(|reset| !reset.is_finished())
+            && !matches!(operation, Operation::ResetDone)
+        {
+            return refused(EBUSY, "a request while dom0 resets it");
+        }
         match operation {
             Operation::Write { offset, width, value } => write(&self.sysfs, sbdf, function, offset, width, value),
-            Operation::Prepare => {
-                owned(&self.sysfs, sbdf)?;
-                self.calls.prepare_msix(sbdf).map(|()| 0).map_err(xen)
-            }
+            Operation::Prepare => self.paused(|office| office.prepare(sbdf)),
             Operation::Release => {
                 owned(&self.sysfs, sbdf)?;
+                if !rules(&self.sysfs, sbdf, function)?.has_msix() {
+                    return refused(ENODEV, "release_msix for a function without MSI-X");
+                }
                 self.calls.release_msix(sbdf).map(|()| 0).map_err(xen)
             }
-            Operation::Restore => {
-                owned(&self.sysfs, sbdf)?;
-                self.calls.restore_msi(sbdf).map(|()| 0).map_err(xen)
-            }
+            Operation::Restore => self.paused(|office| office.restore(sbdf)),
             Operation::Map { guest, vector } => self.map(sbdf, guest, vector),
             Operation::Unmap { guest, pirq } => {
-                if !function.journal.mapped().contains(&(guest, pirq)) {
+                if !function.journal.mapped().contains_key(&(guest, pirq)) {
                     return refused(EINVAL, format!("pirq {pirq} of domain {guest} is no vector of it"));
                 }
                 unmap(self.calls, function, (guest, pirq)).map(|()| 0).map_err(xen)
@@ -196,11 +205,16 @@ impl<'a> Office<'a> {
                 },
             },
             Operation::Keep { guest, pirq } => {
-                function.kept.insert((guest, pirq));
+                // What is not mapped needs no keeping, and what anybody may name needs a bound.
+                if function.journal.mapped().contains_key(&(guest, pirq)) {
+                    function.kept.insert((guest, pirq));
+                }
                 Ok(0)
             }
             Operation::Settle => {
-                let unknown: Vec<Mapping> = function.journal.mapped().difference(&function.kept).copied().collect();
+                let mapped = function.journal.mapped().keys();
+                let unknown: Vec<Mapping> =
+                    mapped.filter(|mapping| !function.kept.contains(mapping)).copied().collect();
                 for mapping in unknown {
                     unmap(self.calls, function, mapping).map_err(xen)?;
                 }
@@ -211,9 +225,65 @@ impl<'a> Office<'a> {
         }
     }
 
+    /// Does something while the driver domain stands still: where it may write its frame itself, it could change what
+    /// was looked at before Xen looks.
+    fn paused<T>(&mut self, act: impl FnOnce(&mut Self) -> T) -> T {
+        (self.pause)(true);
+        let done = act(self);
+        (self.pause)(false);
+        done
+    }
+
+    /// Xen takes the address of the MSI-X table from the function's registers, and will write there.
+    fn prepare(&mut self, sbdf: Sbdf) -> Result<u32, Refusal> {
+        owned(&self.sysfs, sbdf)?;
+        let Some(function) = self.functions.get_mut(&sbdf) else { return Err((ENODEV, None)) };
+        let read = reader(&self.sysfs, sbdf, function)?;
+        let rules = rules(&self.sysfs, sbdf, function)?;
+        if !rules.has_msix() {
+            return refused(ENODEV, "prepare_msix for a function without MSI-X");
+        }
+        if !rules.is_in_place(&read) {
+            return refused(EINVAL, "prepare_msix while its base address registers are not what dom0 set");
+        }
+        self.calls.prepare_msix(sbdf).map(|()| 0).map_err(xen)
+    }
+
+    /// Xen writes to the MSI-X table, and takes it for a bug if that cannot be reached.
+    fn restore(&mut self, sbdf: Sbdf) -> Result<u32, Refusal> {
+        owned(&self.sysfs, sbdf)?;
+        let Some(function) = self.functions.get_mut(&sbdf) else { return Err((ENODEV, None)) };
+        let read = reader(&self.sysfs, sbdf, function)?;
+        if !function.journal.mapped().is_empty() {
+            let held = read(offset::COMMAND, Width::Word).unwrap_or(u32::MAX) as u16;
+            if held == u16::MAX || held & command::MEMORY == 0 {
+                return Err((ENXIO, None));
+            }
+            if !rules(&self.sysfs, sbdf, function)?.is_in_place(&read) {
+                return refused(EINVAL, "restore_msi while its base address registers are not what dom0 set");
+            }
+        }
+        self.calls.restore_msi(sbdf).map(|()| 0).map_err(xen)
+    }
+
     fn map(&mut self, sbdf: Sbdf, guest: DomId, vector: Vector) -> Result<u32, Refusal> {
         owned(&self.sysfs, sbdf)?;
         let Some(function) = self.functions.get_mut(&sbdf) else { return Err((ENODEV, None)) };
+        let what = match vector {
+            Vector::Msix { entry, .. } => Some(entry),
+            Vector::Msi | Vector::MultiMsi { .. } => None,
+        };
+        if !(if what.is_some() { function.entry.msix } else { function.entry.msi }) {
+            return refused(EPERM, "a vector of a kind that its xl configuration switches off");
+        }
+        // Xen does not look, and its count of the table's users would be wrong after it.
+        let mapped = function.journal.mapped().values();
+        if mapped.clone().any(|other| other.is_none() || what.is_none()) {
+            return refused(EBUSY, "MSI and MSI-X at once");
+        }
+        if mapped.clone().any(|other| *other == what) {
+            return refused(EEXIST, "an entry of the MSI-X table twice");
+        }
         if function.guest.is_none_or(|(known, since)| known != guest || since.elapsed() > FRESH) {
             let recorded = self.store.read(0, &nodes::record(sbdf, "domid")).and_then(|text| text.parse().ok());
             if recorded != Some(u32::from(guest)) {
@@ -233,7 +303,7 @@ impl<'a> Office<'a> {
         }
         match self.calls.map(guest, sbdf, vector) {
             Ok(pirq) => {
-                function.journal.end(Some((guest, pirq)));
+                function.journal.end(Some(((guest, pirq), what)));
                 Ok(pirq.cast_unsigned())
             }
             Err(number) => {
@@ -255,7 +325,8 @@ impl<'a> Office<'a> {
         if !self.sysfs.has(sbdf, "reset") {
             return refused(ENOENT, "dom0's kernel has no reset for it");
         }
-        let (sysfs, bus) = (self.sysfs.clone(), function.reset_by_bus && self.sysfs.has(sbdf, "reset_method"));
+        let (sysfs, bus) =
+            (self.sysfs.clone(), function.entry.reset == Reset::Bus && self.sysfs.has(sbdf, "reset_method"));
         function.reset = Some(std::thread::spawn(move || {
             let set = |attribute: &str, value: &str| sysfs.set(sbdf, attribute, value).map_err(|failure| failure.what);
             if !bus {
@@ -314,10 +385,34 @@ fn rules<'f>(sysfs: &Sysfs, sbdf: Sbdf, function: &'f mut Function) -> Result<&'
         if let Some(refusal) = known.refusal() {
             return Err((EPERM, Some(refusal.what)));
         }
+        if let Some(id) = function.entry.id.filter(|id| *id != known.id) {
+            return refused(
+                ENODEV,
+                format!("another card is in its place: {}, not {:04x}:{:04x}", known.id_text(), id.0, id.1),
+            );
+        }
         function.rules = Rules::new(&known, &space);
     }
     // One that does not answer is looked at again with the next request.
     function.rules.as_ref().ok_or((ENODEV, None))
+}
+
+/// Reads the function's registers through dom0's file, which is opened once.
+fn reader(
+    sysfs: &Sysfs,
+    sbdf: Sbdf,
+    function: &mut Function,
+) -> Result<impl Fn(u16, Width) -> Option<u32> + use<>, Refusal> {
+    if function.space.is_none() {
+        function.space = Some(Rc::new(sysfs.open_config(sbdf).map_err(|failure| (ENODEV, Some(failure.what)))?));
+    }
+    let Some(space) = function.space.clone() else { return Err((ENODEV, None)) };
+    Ok(move |at: u16, width: Width| {
+        let mut bytes = [0; 4];
+        let wanted = bytes.get_mut(..usize::from(width.bytes()))?;
+        space.read_exact_at(wanted, at.into()).ok()?;
+        Some(u32::from_le_bytes(bytes))
+    })
 }
 
 fn write(
@@ -329,18 +424,10 @@ fn write(
     value: u32,
 ) -> Result<u32, Refusal> {
     owned(sysfs, sbdf)?;
-    if function.space.is_none() {
-        function.space = Some(sysfs.open_config(sbdf).map_err(|failure| (ENODEV, Some(failure.what)))?);
-    }
+    let read = reader(sysfs, sbdf, function)?;
     rules(sysfs, sbdf, function)?;
     let (Some(space), Some(rules)) = (&function.space, &function.rules) else { return Err((ENODEV, None)) };
-    let read = |at: u16, width: Width| {
-        let mut bytes = [0; 4];
-        let wanted = bytes.get_mut(..usize::from(width.bytes()))?;
-        space.read_exact_at(wanted, at.into()).ok()?;
-        Some(u32::from_le_bytes(bytes))
-    };
-    if let Err(why) = rules.judge(offset, width, value, read) {
+    if let Err(why) = rules.judge(offset, width, value, &read) {
         return refused(EPERM, format!("a write of {value:#x} ({} bytes) to {offset:#x}: {why}", width.bytes()));
     }
     let bytes = value.to_le_bytes();
@@ -351,6 +438,7 @@ fn write(
         Err(error) => {
             // The function may have been removed and found again.
             function.space = None;
+            function.rules = None;
             refused(EIO, format!("dom0's kernel refuses a write to {offset:#x}: {error}"))
         }
     }
@@ -478,8 +566,14 @@ mod tests {
         fn office(&self) -> Office<'_> {
             let (config, _) = pciback::cmdline::parse(&format!("ecam=0000:00-ff@b0000000 dev={NIC}"));
             let driver = Driver { domid: 2, name: "p0".into(), config };
-            let mut office =
-                Office::open(&self.fake, &self.fake, Sysfs::at(&self.root), self.root.join("journal"), &driver);
+            let mut office = Office::open(
+                &self.fake,
+                &|_| (),
+                &self.fake,
+                Sysfs::at(&self.root),
+                self.root.join("journal"),
+                &driver,
+            );
             office.begin(5);
             office
         }
@@ -563,6 +657,73 @@ mod tests {
         assert_eq!(host.ask(&mut office, NIC, Operation::Unmap { guest: 7, pirq: 55 }), Err(EINVAL));
         host.fake.fail.set(Some(28));
         assert_eq!(host.ask(&mut office, NIC, map(7, 2)), Err(28));
+    }
+
+    /// Xen trusts dom0 with what follows: it does not look itself.
+    #[test]
+    fn xen_is_asked_for_nothing_that_would_hurt_it() {
+        let host = Host::new("trust");
+        let mut office = host.office();
+        assert_eq!(host.ask(&mut office, NIC, Operation::Prepare), Ok(0));
+        // An entry twice, and MSI beside MSI-X.
+        assert_eq!(host.ask(&mut office, NIC, map(7, 0)), Ok(55));
+        assert_eq!(host.ask(&mut office, NIC, map(7, 0)), Err(EEXIST));
+        assert_eq!(host.ask(&mut office, NIC, Operation::Map { guest: 7, vector: Vector::Msi }), Err(EBUSY));
+        // Vectors are written again only where the table can be reached.
+        assert_eq!(host.ask(&mut office, NIC, Operation::Restore), Err(ENXIO));
+        assert_eq!(host.ask(&mut office, NIC, write(4, 2)), Ok(0));
+        assert_eq!(host.ask(&mut office, NIC, Operation::Restore), Ok(0));
+        // A register that has lost its address, as after a reset.
+        let mut space = fs::read(host.path(NIC, "config")).unwrap();
+        space[0x10..0x14].fill(0);
+        fs::write(host.path(NIC, "config"), &space).unwrap();
+        let calls = host.fake.calls.borrow().len();
+        assert_eq!(host.ask(&mut office, NIC, Operation::Prepare), Err(EINVAL));
+        assert_eq!(host.ask(&mut office, NIC, Operation::Restore), Err(EINVAL));
+        assert_eq!(host.fake.calls.borrow().len(), calls);
+        // What may be named is bounded by what is mapped.
+        for pirq in 0..1000 {
+            assert_eq!(host.ask(&mut office, NIC, Operation::Keep { guest: 7, pirq }), Ok(0));
+        }
+        assert_eq!(office.functions.values().map(|function| function.kept.len()).sum::<usize>(), 1);
+        // A function without MSI-X: Xen's prepare and release would follow a null pointer.
+        let host = Host::new("none");
+        let mut space = fs::read(host.path(NIC, "config")).unwrap();
+        space[6] = 0;
+        fs::write(host.path(NIC, "config"), &space).unwrap();
+        let mut office = host.office();
+        for operation in [Operation::Prepare, Operation::Release] {
+            assert_eq!(host.ask(&mut office, NIC, operation), Err(ENODEV), "{operation:?}");
+        }
+        assert_eq!(host.ask(&mut office, NIC, Operation::Restore), Ok(0));
+        assert_eq!(*host.fake.calls.borrow(), [format!("restore {NIC}")]);
+    }
+
+    #[test]
+    fn nothing_is_done_to_a_function_while_dom0_resets_it() {
+        let host = Host::new("reset");
+        let mut office = host.office();
+        let (hold, held) = std::sync::mpsc::channel::<()>();
+        let sbdf: Sbdf = NIC.parse().unwrap();
+        office.functions.get_mut(&sbdf).unwrap().reset = Some(std::thread::spawn(move || {
+            let _ = held.recv();
+            Ok(())
+        }));
+        for operation in [write(4, 2), Operation::Prepare, Operation::Restore, map(7, 0), Operation::Reset] {
+            assert_eq!(host.ask(&mut office, NIC, operation), Err(EBUSY), "{operation:?}");
+        }
+        assert_eq!(host.ask(&mut office, NIC, Operation::ResetDone), Ok(0));
+        drop(hold);
+        while host.ask(&mut office, NIC, Operation::ResetDone) == Ok(0) {
+            std::thread::yield_now();
+        }
+        assert_eq!(host.ask(&mut office, NIC, Operation::Reset), Ok(0));
+        while host.ask(&mut office, NIC, Operation::ResetDone) == Ok(0) {
+            std::thread::yield_now();
+        }
+        assert_eq!(fs::read(host.path(NIC, "reset")).unwrap(), b"1");
+        assert_eq!(host.ask(&mut office, NIC, map(7, 0)), Ok(55));
+        assert_eq!(host.ask(&mut office, NIC, Operation::Reset), Err(EINVAL), "with vectors mapped");
     }
 
     #[test]

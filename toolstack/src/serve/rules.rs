@@ -151,6 +151,21 @@ impl Rules {
         self.bars.get(usize::from(self.table_bar?)).copied().filter(|base| *base != 0)
     }
 
+    /// Whether the function has an MSI-X capability. Xen's prepare and release follow a null pointer for one without.
+    pub fn has_msix(&self) -> bool {
+        self.table_bar.is_some()
+    }
+
+    /// Whether the registers are where dom0 knows them: Xen takes the place of the MSI-X table from them.
+    pub fn is_in_place(&self, now: impl Fn(u16, Width) -> Option<u32>) -> bool {
+        let bars = self.ranges.iter().filter(|(first, ..)| *first < offset::ROM);
+        bars.filter_map(|(first, _, rule)| match rule {
+            Rule::Address(mask, address) => Some((*first, *mask, *address)),
+            _ => None,
+        })
+        .all(|(first, mask, address)| now(first, Width::Dword).is_some_and(|value| value & mask == address & mask))
+    }
+
     /// Judges a write. `now` reads the register as it is.
     ///
     /// # Errors

@@ -12,6 +12,17 @@ use crate::error::{Failure, Outcome};
 /// Requests thrown away when a channel is taken over: as many as it holds.
 const LEFT_OVER: usize = 64;
 
+/// The first fields of `struct libxenvchan`.
+#[repr(C)]
+struct Head {
+    pointers: [*mut c_void; 3],
+    event_port: u32,
+    flags: u32,
+}
+
+/// `blocking`, the third bit field behind `is_server` and `server_persist`.
+const BLOCKING: u32 = 1 << 2;
+
 /// An open channel.
 pub struct Channel {
     library: Library,
@@ -38,6 +49,9 @@ impl Channel {
                 "see whether another xl-pciback serve runs",
             ));
         }
+        // SAFETY: libxenvchan.h: behind three pointers and the port come the flags; the third, "blocking", is never set by
+        // the library. What waits in the channel is waited for by poll, so nothing may block.
+        unsafe { control.cast::<Head>().as_mut() }.into_iter().for_each(|head| head.flags &= !BLOCKING);
         let channel = Channel { library, control };
         // What the last one left unread is not for this one.
         let mut request = [0; REQUEST];

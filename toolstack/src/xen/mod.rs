@@ -72,6 +72,8 @@ pub trait Hypervisor {
     fn map_pirq(&self, domid: u32, gsi: u32) -> Result<(), i32>;
     /// Unmaps a pirq.
     fn unmap_pirq(&self, domid: u32, pirq: u32) -> Result<(), i32>;
+    /// Whether an event channel of a domain is closed: free, and bound to nothing. An error if it cannot be asked.
+    fn port_is_closed(&self, domid: u32, port: u32) -> Result<bool, i32>;
     /// Allows or forbids a pirq.
     fn irq(&self, domid: u32, pirq: u32, allow: bool) -> Result<(), i32>;
 }
@@ -122,6 +124,21 @@ struct Permission {
     perms: c_uint,
 }
 
+/// `struct evtchn_status` of `xen/event_channel.h`.
+#[repr(C)]
+#[derive(Default)]
+struct EvtchnStatus {
+    dom: u16,
+    port: u32,
+    status: u32,
+    vcpu: u32,
+    /// By status.
+    more: [u32; 2],
+}
+
+const _: () = assert!(size_of::<EvtchnStatus>() == 24);
+
+const EVTCHNSTAT_CLOSED: u32 = 0;
 const XS_PERM_NONE: c_uint = 0;
 const XS_PERM_READ: c_uint = 1;
 const XEN_DOMCTL_DEV_RDM_RELAXED: u32 = 1;
@@ -279,6 +296,17 @@ impl Drop for Xen {
     }
 }
 
+impl Xen {
+    /// Stops a domain, or lets it go on.
+    pub fn pause(&self, domid: u32, still: bool) -> Result<(), i32> {
+        if still {
+            control!(self, "xc_domain_pause", (domid => u32))
+        } else {
+            control!(self, "xc_domain_unpause", (domid => u32))
+        }
+    }
+}
+
 impl Hypervisor for Xen {
     fn assign(&self, domid: u32, sbdf: Sbdf, relaxed_rdm: bool) -> Result<(), i32> {
         let flag = if relaxed_rdm { XEN_DOMCTL_DEV_RDM_RELAXED } else { 0 };
@@ -319,6 +347,12 @@ impl Hypervisor for Xen {
     fn unmap_pirq(&self, domid: u32, pirq: u32) -> Result<(), i32> {
         let pirq = c_int::try_from(pirq).map_err(|_| 22)?;
         control!(self, "xc_physdev_unmap_pirq", (domid => u32, pirq => c_int))
+    }
+
+    fn port_is_closed(&self, domid: u32, port: u32) -> Result<bool, i32> {
+        let mut status = EvtchnStatus { dom: domid as u16, port, ..EvtchnStatus::default() };
+        control!(self, "xc_evtchn_status", (&raw mut status => *mut EvtchnStatus))?;
+        Ok(status.status == EVTCHNSTAT_CLOSED)
     }
 
     fn irq(&self, domid: u32, pirq: u32, allow: bool) -> Result<(), i32> {
