@@ -28,11 +28,12 @@ impl Backend {
     fn start(self, rig: &mut Rig, name: &str, bdf: &str, extra: &str) -> Outcome {
         match self {
             Backend::Ours => {
-                rig.create(Guest { extra, ..Guest::named(name) })?;
+                rig.create(Guest { extra, drivers: "all", ..Guest::named(name) })?;
                 rig.attach(name, bdf)?;
             }
             Backend::Linux => {
-                let (code, said) = rig.try_create(Guest { extra, pci: Some(bdf), ..Guest::named(name) })?;
+                let (code, said) =
+                    rig.try_create(Guest { extra, drivers: "all", pci: Some(bdf), ..Guest::named(name) })?;
                 check!(code == 0, "the guest does not start: {}", cause(&said));
             }
         }

@@ -28,7 +28,7 @@ while :; do rig-agent serve </dev/ttyS1 >/dev/ttyS1; sleep 1; done
 "#;
 
 /// The guest's init. Kernel messages go to the console until the command server needs it for itself. On its command line
-/// `MODULE.PARAMETER=VALUE` is for that module, and `rig.drivers=nvme` or `e1000e` loads no other drivers, which is quicker.
+/// `MODULE.PARAMETER=VALUE` is for that module, and `rig.drivers=` says which drivers are loaded: `nvme`, `e1000e`, `disks` or `all`.
 const GUEST_INIT: &str = r#"#!/bin/busybox sh
 export PATH=/bin
 /bin/busybox --install -s /bin
@@ -36,7 +36,7 @@ mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
 words() { tr ' ' '\n' </proc/cmdline | sed -n "s/^$1//p"; }
 nvme="crct10dif_common crc-t10dif crc64 crc64-rocksoft t10-pi nvme-keyring nvme-auth nvme-core nvme"
 disks="scsi_common scsi_mod sd_mod usb-common usbcore usb-storage xhci-hcd xhci-pci-renesas xhci-pci libata libahci ahci"
-case $(words rig.drivers=) in nvme) list=$nvme;; e1000e) list=e1000e;; *) list="$nvme e1000e $disks";; esac
+case $(words rig.drivers=) in nvme) list=$nvme;; e1000e) list=e1000e;; disks) list=$disks;; *) list="$nvme e1000e $disks";; esac
 for m in $list xen-pcifront; do
   [ -e /modules/$m.ko ] && insmod /modules/$m.ko $(words $m\\.)
 done

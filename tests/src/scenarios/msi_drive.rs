@@ -7,7 +7,7 @@ use crate::machine::{SATA_MIB, SATA_SEED, pattern_sum};
 
 pub(super) fn run(rig: &mut Rig) -> Outcome {
     for name in ["g1", "g2"] {
-        rig.create(Guest::named(name))?;
+        rig.create(Guest { drivers: "disks", ..Guest::named(name) })?;
         rig.attach(name, AHCI)?;
         rig.wait_up(name, 1)?;
         rig.guest_wait(name, "the drive", 90, "[ -b /dev/sda ]")?;

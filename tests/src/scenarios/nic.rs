@@ -4,7 +4,7 @@ use crate::check;
 use crate::dom0::{Guest, NIC, Outcome, Rig};
 
 pub(super) fn run(rig: &mut Rig) -> Outcome {
-    rig.create(Guest::named("g1"))?;
+    rig.create(Guest { drivers: "e1000e", ..Guest::named("g1") })?;
     rig.attach("g1", NIC)?;
     rig.wait_up("g1", 1)?;
     rig.ping("g1")?;

@@ -15,7 +15,7 @@ pub(super) fn run(rig: &mut Rig) -> Outcome {
     for (name, extra, kind, published) in
         [("g1", "", MSIX, "MSI-X"), ("g2", "e1000e.IntMode=1", LINE, "INTx"), ("g3", "pci=nomsi", LINE, "INTx")]
     {
-        let domid = rig.create(Guest { extra, ..Guest::named(name) })?;
+        let domid = rig.create(Guest { extra, drivers: "e1000e", ..Guest::named(name) })?;
         rig.attach(name, NIC)?;
         rig.wait_up(name, 1)?;
         rig.ping(name)?;

@@ -10,7 +10,7 @@ use crate::tools::say;
 const REBOOTS: u32 = 50;
 
 /// The guests: name, device, words for the kernel, and what shows that the device is there.
-const GUESTS: [(&str, &str, &str, &str); 1] = [("g1", NVME, "rig.drivers=nvme", "[ -b /dev/nvme0n1 ]")];
+const GUESTS: [(&str, &str, &str, &str); 1] = [("g1", NVME, "", "[ -b /dev/nvme0n1 ]")];
 
 /// How many of Xen's message interrupts each domain has. Numbers of domains change with every reboot: what is left of an
 /// old one shows as a domain more, and in the total.

@@ -11,7 +11,7 @@ const RESET: &str = "Xen still masked all its MSI-X vectors";
 
 /// Gives the card to a guest and uses it with MSI-X.
 fn use_card(rig: &mut Rig, guest: &str) -> Outcome {
-    rig.create(Guest::named(guest))?;
+    rig.create(Guest { drivers: "e1000e", ..Guest::named(guest) })?;
     rig.attach(guest, NIC)?;
     rig.wait_up(guest, 1)?;
     rig.ping(guest)?;

@@ -3,7 +3,7 @@
 use crate::dom0::{Guest, NIC, NVME, Outcome, Rig};
 
 pub(super) fn run(rig: &mut Rig) -> Outcome {
-    rig.create(Guest::named("g1"))?;
+    rig.create(Guest { drivers: "all", ..Guest::named("g1") })?;
     rig.attach("g1", NVME)?;
     rig.wait_up("g1", 1)?;
     rig.wait_disk("g1")?;

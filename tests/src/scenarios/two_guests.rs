@@ -5,7 +5,7 @@ use crate::dom0::{Guest, NIC, NVME, Outcome, Rig, device_node};
 
 pub(super) fn run(rig: &mut Rig) -> Outcome {
     rig.create(Guest::named("g1"))?;
-    rig.create(Guest::named("g2"))?;
+    rig.create(Guest { drivers: "e1000e", ..Guest::named("g2") })?;
     rig.attach("g1", NVME)?;
     rig.attach("g2", NIC)?;
     rig.wait_up("g1", 1)?;

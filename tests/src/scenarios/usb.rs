@@ -5,7 +5,7 @@ use crate::dom0::{Guest, Outcome, Rig, XHCI};
 use crate::machine::{STICK_MIB, STICK_SEED, pattern_sum};
 
 pub(super) fn run(rig: &mut Rig) -> Outcome {
-    rig.create(Guest::named("g1"))?;
+    rig.create(Guest { drivers: "disks", ..Guest::named("g1") })?;
     rig.attach("g1", XHCI)?;
     rig.wait_up("g1", 1)?;
     rig.guest_wait("g1", "the stick", 90, "[ -b /dev/sda ]")?;
