@@ -358,6 +358,16 @@ impl Serve<'_> {
             let ready = !driver.config.devices.iter().any(|device| held_up.contains(&device.sbdf));
             self.desks.retain(|_, desk| desk.is_open());
             if ready && !self.desks.contains_key(&driver.domid) {
+                for device in
+                    self.drivers.iter().filter(|all| all.domid == driver.domid).flat_map(|all| &all.config.devices)
+                {
+                    if driver.entry(device.sbdf).is_none() {
+                        eprintln!(
+                            "xl-pciback: {}: another driver domain has it: {:?} cannot",
+                            device.sbdf, driver.name
+                        );
+                    }
+                }
                 let dir = Path::new(nodes::JOURNALS).to_path_buf();
                 match Desk::open(&driver, self.sysfs, dir, self.options.libdir.clone()) {
                     Ok(desk) => drop(self.desks.insert(driver.domid, desk)),
@@ -533,14 +543,7 @@ fn served(drivers: &[Driver], view: &View) -> Vec<Driver> {
     running.sort_by_key(|driver| driver.domid);
     running.retain(|driver| driver.config.mode != Mode::ReadOnly);
     for driver in &mut running {
-        let name = driver.name.clone();
-        driver.config.devices.retain(|device| {
-            let first = taken.insert(device.sbdf);
-            if !first {
-                eprintln!("xl-pciback: {}: another driver domain has it: {name:?} cannot", device.sbdf);
-            }
-            first
-        });
+        driver.config.devices.retain(|device| taken.insert(device.sbdf));
     }
     running
 }
