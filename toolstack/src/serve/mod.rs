@@ -245,6 +245,10 @@ impl Serve<'_> {
                 true
             }
             Some(("name", _)) => true,
+            Some(("shutdown", domid)) => {
+                self.warn_of_save(domid.parse().unwrap_or(0));
+                false
+            }
             Some(("driver", domid)) => {
                 let domid = domid.parse().unwrap_or(0);
                 match self.desks.get(&domid) {
@@ -262,6 +266,22 @@ impl Serve<'_> {
                 path.ends_with("/state") || path.ends_with("/mode") || path.ends_with("/data/pciback")
             }
             Some(_) => false,
+        }
+    }
+
+    /// xl saves a guest whether it has functions or not, and what is restored from that dies with its PCI bus.
+    fn warn_of_save(&self, guest: u32) {
+        if self.xen.read(0, &format!("/local/domain/{guest}/control/shutdown")).as_deref() != Some("suspend") {
+            return;
+        }
+        let records = self.xen.list(0, nodes::RECORDS).into_iter().filter_map(|folder| nodes::of_folder(&folder));
+        let own = |sbdf: &Sbdf| self.xen.read(0, &nodes::record(*sbdf, "domid")) == Some(guest.to_string());
+        for sbdf in records.filter(own) {
+            eprintln!(
+                "xl-pciback: warning: guest {:?} is being saved with {sbdf}, which it cannot be restored with; detach it \
+                 first (xl-pciback detach)",
+                nodes::name_of(self.xen, guest)
+            );
         }
     }
 
@@ -420,6 +440,7 @@ impl Serve<'_> {
             [
                 (format!("/local/domain/{domid}/name"), format!("name {domid}")),
                 (format!("/local/domain/{domid}/data/pciback"), format!("driver {domid}")),
+                (format!("/local/domain/{domid}/control/shutdown"), format!("shutdown {domid}")),
             ]
         };
         let gone: Vec<u32> = self.watched.iter().filter(|domid| !view.domains.contains_key(domid)).copied().collect();
