@@ -408,6 +408,12 @@ fn carry_out<'a>(
         reset(host, sbdf);
     }
 
+    // Written down first: `serve` takes back what a program that was killed has left half done.
+    let note = nodes::record(sbdf, "assigning");
+    host.store.write(0, &note, &format!("{domid} {}", std::process::id())).map_err(|number| {
+        Failure::new(format!("{sbdf}: xenstore refuses a note: {}", errno(number)), "see whether xenstored runs")
+    })?;
+    undo.push(("note", Box::new(move || host.store.remove(0, &nodes::record(sbdf, "assigning")))));
     host.xen.assign(domid, sbdf, false).map_err(|number| assign_failure(sbdf, number))?;
     undo.push((
         "assignment",
@@ -535,6 +541,7 @@ fn list_function(
             return Err(ENOSPC);
         }
         write(&nodes::record(sbdf, "domid"), &domid.to_string())?;
+        host.store.remove(tx, &nodes::record(sbdf, "assigning"))?;
         let released = nodes::record(sbdf, "released");
         if host.store.read(tx, &released).is_some() {
             host.store.remove(tx, &released)?;

@@ -80,6 +80,7 @@ pub fn published(driver: u32, sbdf: Sbdf, node: &str) -> String {
 }
 
 /// One of this tool's records: `driver`, what had the function in dom0; `domid`, the guest that has it;
+/// `assigning`, the guest that a process is about to give it to, and that process;
 /// `released`, the guest that it was detached from by hand.
 pub fn record(sbdf: Sbdf, node: &str) -> String {
     format!("{RECORDS}/{}/{node}", folder(sbdf))

@@ -346,7 +346,12 @@ fn attach_goes_in_the_order_of_the_design_and_gives_just_what_is_needed() {
     let told = fake.attach().unwrap();
     assert!(told.contains("exported to \"db1\""), "{told}");
     let log = fake.log.borrow();
-    let hypercalls: Vec<&str> = log.iter().map(String::as_str).filter(|line| !line.starts_with("write")).collect();
+    // What is begun is written down before, and done with the announcement.
+    let place = |what: &str| log.iter().position(|line| line.contains(what));
+    assert!(place("write /pciback/assignable/0000-01-00-0/assigning") < place("assign 0000:01:00.0 3 +"), "{log:#?}");
+    assert!(place("irq 3 21 +") < place("remove /pciback/assignable/0000-01-00-0/assigning"), "{log:#?}");
+    let is_call = |line: &&str| !line.starts_with("write") && !line.starts_with("remove");
+    let hypercalls: Vec<&str> = log.iter().map(String::as_str).filter(is_call).collect();
     assert_eq!(
         hypercalls,
         ["assign 0000:01:00.0 3 +", "iomem 3 380000 4 +", "ioport 3 c040 32 +", "pirq 3 21 +", "irq 3 21 +"]

@@ -62,6 +62,12 @@ fn keeps(rig: &mut Rig) -> Outcome {
     rig.wait("g1 to be gone", 60, "! xl domid g1")?;
     rig.run("rm -f /var/log/xen/guest-g1.log")?;
     rig.create_and_wait(Guest::named("g1"))?;
+    // Killed in the middle of attaching it, at several places: what is half done is taken back, and done again.
+    for tenths in [2, 4, 6, 9] {
+        rig.start_serve()?;
+        rig.run(&format!("usleep {}", 100_000 * tenths))?;
+        rig.stop_serve("KILL")?;
+    }
     rig.start_serve()?;
     has_drive(rig, "g1")?;
 

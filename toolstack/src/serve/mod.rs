@@ -31,7 +31,7 @@ use crate::error::{Failure, Outcome, errno};
 use crate::nodes::{self, DOMID_IO, Link, told};
 use crate::sysfs::Sysfs;
 use crate::xen::events::wait_readable;
-use crate::xen::{self, Store, Xen, transaction};
+use crate::xen::{self, Hypervisor, Store, Xen, transaction};
 
 /// Where dom0's other commands see that this one runs: its process number.
 pub const NODE: &str = "/pciback/serve";
@@ -171,10 +171,13 @@ pub fn serve(xen: &Xen, sysfs: &Sysfs, options: Options) -> Outcome<()> {
 /// Whether a serve runs, by the note it leaves.
 pub fn is_running<S: Store + ?Sized>(store: &S) -> bool {
     let process = store.read(0, NODE).and_then(|text| text.parse::<u32>().ok());
-    process.is_some_and(|process| {
-        let name = std::fs::read_to_string(format!("/proc/{process}/comm")).unwrap_or_default();
-        name.trim_end() == "xl-pciback"
-    })
+    process.is_some_and(is_ours)
+}
+
+/// Whether a process is this program.
+fn is_ours(process: u32) -> bool {
+    let name = std::fs::read_to_string(format!("/proc/{process}/comm")).unwrap_or_default();
+    name.trim_end() == "xl-pciback"
 }
 
 /// Makes this the only one.
@@ -344,6 +347,7 @@ impl Serve<'_> {
                 }
             }
         }
+        self.adopt();
         let view = self.view();
         self.watch_domains(&view);
         let gone: Vec<u32> = self.desks.keys().filter(|domid| !view.domains.contains_key(domid)).copied().collect();
@@ -396,6 +400,33 @@ impl Serve<'_> {
             }
         }
         self.attach(&self.view());
+    }
+
+    /// A program that attached a function was killed on the way: the guest counts as the one that has it, and as no
+    /// driver domain lists it, it is taken back.
+    fn adopt(&self) {
+        for sbdf in self.xen.list(0, nodes::RECORDS).into_iter().filter_map(|folder| nodes::of_folder(&folder)) {
+            let note = nodes::record(sbdf, "assigning");
+            let Some(text) = self.xen.read(0, &note) else { continue };
+            let mut numbers = text.split(' ').map(|word| word.parse::<u32>().ok());
+            let (Some(Some(guest)), Some(Some(process))) = (numbers.next(), numbers.next()) else { continue };
+            let own = process == std::process::id();
+            if own && self.busy.contains(&guest) || !own && is_ours(process) {
+                continue;
+            }
+            if self.xen.is_free(sbdf) == Ok(true) {
+                let _ = self.xen.remove(0, &note);
+                continue;
+            }
+            eprintln!("xl-pciback: {sbdf}: process {process} was killed while it attached it to guest {guest}");
+            let adopted = transaction(self.xen, |tx| {
+                self.xen.write(tx, &nodes::record(sbdf, "domid"), &guest.to_string())?;
+                self.xen.remove(tx, &note)
+            });
+            if let Err(number) = adopted {
+                eprintln!("xl-pciback: warning: {sbdf}: xenstore refuses to remember it: {}", errno(number));
+            }
+        }
     }
 
     /// What is there now.
