@@ -41,7 +41,7 @@ const WINDOW_FRAMES: u64 = 512;
 const WINDOW_BYTES: u64 = WINDOW_FRAMES * PAGE_SIZE;
 
 /// Looks at the pending bits between two looks at the clock.
-const LOOKS: u32 = 64;
+const LOOKS: u32 = 512;
 
 /// Event channels that are no frontend's.
 const OWN_PORTS: usize = 3;
