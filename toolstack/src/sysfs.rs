@@ -218,13 +218,17 @@ impl Sysfs {
         })
     }
 
-    /// Whether the function was taken from dom0 and no driver has taken it since. Two cheap looks: this comes before
-    /// every write that a driver domain has made.
+    /// Whether the function was taken from dom0 and no driver has it.
     pub fn is_nobodys(&self, sbdf: Sbdf) -> bool {
         let folder = self.folder(sbdf);
         let forced = fs::read(folder.join("driver_override"));
         forced.is_ok_and(|name| name.trim_ascii_end() == NOBODY.as_bytes())
             && fs::symlink_metadata(folder.join("driver")).is_err()
+    }
+
+    /// Opens `driver_override` for looks at it.
+    pub fn open_override(&self, sbdf: Sbdf) -> Option<fs::File> {
+        fs::File::open(self.folder(sbdf).join("driver_override")).ok()
     }
 
     /// What the configuration space reads.

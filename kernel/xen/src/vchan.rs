@@ -120,6 +120,11 @@ impl<N: Notify> Server<N> {
         true
     }
 
+    /// Whether `len` bytes are there. Unlike [`Server::receive`] it asks for no event if not: for one who looks again soon.
+    pub fn has(&self, len: usize) -> bool {
+        fits(len, LEFT_SIZE).is_some_and(|len| self.ready() >= len)
+    }
+
     /// Bytes there to receive; 0 for a nonsense index.
     fn ready(&self) -> u32 {
         let prod = self.page.atomic32(vchan::LEFT_PROD).load(Ordering::Acquire);

@@ -22,7 +22,7 @@ use super::journal::{Journal, Mapping};
 use super::rules::Rules;
 use crate::domains::Driver;
 use crate::nodes;
-use crate::sysfs::Sysfs;
+use crate::sysfs::{NOBODY, Sysfs};
 use crate::xen::Store;
 use crate::xen::calls::Physdev;
 
@@ -50,6 +50,8 @@ const LAST: Pirq = 2048;
 /// A function of the driver domain.
 struct Function {
     entry: DeviceConfig,
+    /// Its `driver_override`.
+    claim: Option<fs::File>,
     space: Option<Rc<fs::File>>,
     rules: Option<Rules>,
     journal: Journal,
@@ -99,6 +101,7 @@ impl<'a> Office<'a> {
         let function = |device: &DeviceConfig| {
             let function = Function {
                 entry: device.clone(),
+                claim: None,
                 space: None,
                 rules: None,
                 journal: Journal::open(&dir, device.sbdf),
@@ -177,7 +180,7 @@ impl<'a> Office<'a> {
             Operation::Write { offset, width, value } => write(&self.sysfs, sbdf, function, offset, width, value),
             Operation::Prepare => self.paused(|office| office.prepare(sbdf)),
             Operation::Release => {
-                owned(&self.sysfs, sbdf)?;
+                owned(&self.sysfs, sbdf, function)?;
                 if !rules(&self.sysfs, sbdf, function)?.has_msix() {
                     return refused(ENODEV, "release_msix for a function without MSI-X");
                 }
@@ -236,7 +239,7 @@ impl<'a> Office<'a> {
 
     /// Xen takes the address of the MSI-X table from the function's registers, and will write there.
     fn prepare(&mut self, sbdf: Sbdf) -> Result<u32, Refusal> {
-        owned(&self.sysfs, sbdf)?;
+        self.owned(sbdf)?;
         let Some(function) = self.functions.get_mut(&sbdf) else { return Err((ENODEV, None)) };
         let read = reader(&self.sysfs, sbdf, function)?;
         let rules = rules(&self.sysfs, sbdf, function)?;
@@ -251,7 +254,7 @@ impl<'a> Office<'a> {
 
     /// Xen writes to the MSI-X table, and takes it for a bug if that cannot be reached.
     fn restore(&mut self, sbdf: Sbdf) -> Result<u32, Refusal> {
-        owned(&self.sysfs, sbdf)?;
+        self.owned(sbdf)?;
         let Some(function) = self.functions.get_mut(&sbdf) else { return Err((ENODEV, None)) };
         let read = reader(&self.sysfs, sbdf, function)?;
         if !function.journal.mapped().is_empty() {
@@ -266,8 +269,13 @@ impl<'a> Office<'a> {
         self.calls.restore_msi(sbdf).map(|()| 0).map_err(xen)
     }
 
+    fn owned(&mut self, sbdf: Sbdf) -> Result<(), Refusal> {
+        let function = self.functions.get_mut(&sbdf).ok_or((ENODEV, None))?;
+        owned(&self.sysfs, sbdf, function)
+    }
+
     fn map(&mut self, sbdf: Sbdf, guest: DomId, vector: Vector) -> Result<u32, Refusal> {
-        owned(&self.sysfs, sbdf)?;
+        self.owned(sbdf)?;
         let Some(function) = self.functions.get_mut(&sbdf) else { return Err((ENODEV, None)) };
         let what = match vector {
             Vector::Msix { entry, .. } => Some(entry),
@@ -314,7 +322,7 @@ impl<'a> Office<'a> {
     }
 
     fn reset(&mut self, sbdf: Sbdf) -> Result<u32, Refusal> {
-        owned(&self.sysfs, sbdf)?;
+        self.owned(sbdf)?;
         let Some(function) = self.functions.get_mut(&sbdf) else { return Err((ENODEV, None)) };
         if function.reset.is_some() {
             return Err((EBUSY, None));
@@ -362,9 +370,21 @@ impl<'a> Office<'a> {
     }
 }
 
-/// The function must have been taken from dom0, and no driver of dom0 may have it.
-fn owned(sysfs: &Sysfs, sbdf: Sbdf) -> Result<(), Refusal> {
-    if sysfs.is_nobodys(sbdf) { Ok(()) } else { refused(EBUSY, "dom0 has the function itself") }
+/// The function must have been taken from dom0: while `driver_override` names nobody, no driver of dom0 can have it.
+/// The attribute stays open, as this comes before every write.
+fn owned(sysfs: &Sysfs, sbdf: Sbdf, function: &mut Function) -> Result<(), Refusal> {
+    if function.claim.is_none() {
+        // A driver that was bound before the name was set would keep it.
+        let free = sysfs.is_nobodys(sbdf);
+        function.claim = sysfs.open_override(sbdf).filter(|_| free);
+    }
+    let mut name = [0; NOBODY.len() + 1];
+    let held = function.claim.as_ref().and_then(|claim| claim.read_at(&mut name, 0).ok());
+    if held == Some(name.len()) && name.strip_suffix(b"\n") == Some(NOBODY.as_bytes()) {
+        return Ok(());
+    }
+    function.claim = None;
+    refused(EBUSY, "dom0 has the function itself")
 }
 
 fn unmap(calls: &dyn Physdev, function: &mut Function, mapping: Mapping) -> Result<(), i32> {
@@ -423,7 +443,7 @@ fn write(
     width: Width,
     value: u32,
 ) -> Result<u32, Refusal> {
-    owned(sysfs, sbdf)?;
+    owned(sysfs, sbdf, function)?;
     let read = reader(sysfs, sbdf, function)?;
     rules(sysfs, sbdf, function)?;
     let (Some(space), Some(rules)) = (&function.space, &function.rules) else { return Err((ENODEV, None)) };
@@ -621,15 +641,18 @@ mod tests {
         let host = Host::new("dom0");
         let mut office = host.office();
         assert_eq!(host.ask(&mut office, NIC, write(4, 2)), Ok(0));
-        std::os::unix::fs::symlink("../drivers/e1000e", host.path(NIC, "driver")).unwrap();
+        // As `assignable-remove` does it: no driver can have it before the name is another one.
+        fs::write(host.path(NIC, "driver_override"), "(null)\n").unwrap();
         for operation in
             [write(4, 6), Operation::Prepare, Operation::Release, Operation::Restore, map(7, 0), Operation::Reset]
         {
             assert_eq!(host.ask(&mut office, NIC, operation), Err(EBUSY), "{operation:?}");
         }
-        fs::remove_file(host.path(NIC, "driver")).unwrap();
-        fs::write(host.path(NIC, "driver_override"), "(null)\n").unwrap();
-        assert_eq!(host.ask(&mut office, NIC, write(4, 6)), Err(EBUSY));
+        std::os::unix::fs::symlink("../drivers/e1000e", host.path(NIC, "driver")).unwrap();
+        fs::write(host.path(NIC, "driver_override"), "pciback-stubdom\n").unwrap();
+        assert_eq!(host.ask(&mut office, NIC, write(4, 6)), Err(EBUSY), "a driver that was there before the name");
+        drop(office);
+        assert_eq!(host.ask(&mut host.office(), NIC, write(4, 6)), Err(EBUSY));
         assert!(host.fake.calls.borrow().is_empty());
         assert_eq!(fs::read(host.path(NIC, "config")).unwrap()[4], 2);
     }

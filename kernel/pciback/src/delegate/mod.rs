@@ -32,6 +32,9 @@ pub trait Line {
     fn send(&mut self, request: &[u8; REQUEST]) -> bool;
     /// Takes a message that has come; false if there is none.
     fn receive(&mut self, answer: &mut [u8; ANSWER]) -> bool;
+    /// Looks for a message for a short while, before somebody asks to be told when one comes: the answer to a request
+    /// usually comes soon, and telling costs the peer a call.
+    fn look(&mut self) {}
     /// Waits until a message may have come, at most until `deadline`.
     fn wait(&mut self, deadline: Nanos);
     /// Xen's system time now.
@@ -124,6 +127,7 @@ impl<L: Line> Delegate<L> {
         if !self.line.send(&request.encode()) {
             return self.lost();
         }
+        self.line.look();
         let mut bytes = [0; ANSWER];
         loop {
             // Late answers of before are passed over: a bounded number, as the channel holds no more.
