@@ -13,7 +13,7 @@ use pciback::delegate::message::{CHANNEL, REQUEST};
 
 use super::office::Office;
 use crate::domains::Driver;
-use crate::error::{Outcome, errno};
+use crate::error::Outcome;
 use crate::sysfs::Sysfs;
 use crate::xen::calls::Calls;
 use crate::xen::channel::Channel;
@@ -26,6 +26,9 @@ const LOOKS: u32 = 2_000;
 
 /// How often a channel that another end still holds is tried again.
 const RETRY: Duration = Duration::from_millis(200);
+
+/// `xen/errno.h`.
+const EIO: i32 = 5;
 
 /// Requests in a row before the wish to stop is looked for.
 const TURN: u32 = 1024;
@@ -102,13 +105,15 @@ fn run(driver: &Driver, sysfs: Sysfs, dir: PathBuf, libdir: Option<&str>, ring: 
         let _ = std::fs::remove_file(&note);
     }
     let pause = |still: bool| {
-        let noted = if still { std::fs::write(&note, "") } else { Ok(()) };
-        if let (Ok(()), Err(number)) = (noted, xen.pause(driver.domid, still)) {
-            eprintln!("xl-pciback: driver domain {:?} cannot be paused: {}", driver.name, errno(number));
+        if still {
+            std::fs::write(&note, "").map_err(|error| error.raw_os_error().unwrap_or(EIO))?;
         }
-        if !still {
+        let done = xen.pause(driver.domid, still);
+        if still == done.is_err() {
+            // It runs: it was let go, or never stood still. One that does not go on keeps its note.
             let _ = std::fs::remove_file(&note);
         }
+        done
     };
     let mut office = Office::open(&calls, &pause, &xen, sysfs, dir, driver);
     let announced = format!("/local/domain/{}/{CHANNEL}/ring-ref", driver.domid);

@@ -63,8 +63,8 @@ struct Function {
 /// One driver domain's office.
 pub struct Office<'a> {
     calls: &'a dyn Physdev,
-    /// Stops and lets go the driver domain, so that it changes nothing between a look and a call.
-    pause: &'a dyn Fn(bool),
+    /// Stops and lets go the driver domain, so that it changes nothing between a look and a call; an errno if not.
+    pause: &'a dyn Fn(bool) -> Result<(), i32>,
     store: &'a dyn Store,
     sysfs: Sysfs,
     /// Where the journals are.
@@ -92,7 +92,7 @@ impl<'a> Office<'a> {
     /// The office for `driver`. Mappings of which nobody knows whether they were made are looked for at once.
     pub fn open(
         calls: &'a dyn Physdev,
-        pause: &'a dyn Fn(bool),
+        pause: &'a dyn Fn(bool) -> Result<(), i32>,
         store: &'a dyn Store,
         sysfs: Sysfs,
         dir: PathBuf,
@@ -230,10 +230,17 @@ impl<'a> Office<'a> {
 
     /// Does something while the driver domain stands still: where it may write its frame itself, it could change what
     /// was looked at before Xen looks.
-    fn paused<T>(&mut self, act: impl FnOnce(&mut Self) -> T) -> T {
-        (self.pause)(true);
+    fn paused(&mut self, act: impl FnOnce(&mut Self) -> Result<u32, Refusal>) -> Result<u32, Refusal> {
+        if let Err(number) = (self.pause)(true) {
+            return refused(
+                EIO,
+                format!("a call for which the domain must stand still, and it does not: errno {number}"),
+            );
+        }
         let done = act(self);
-        (self.pause)(false);
+        if let Err(number) = (self.pause)(false) {
+            self.log(&format!("it does not go on after a pause: errno {number}; xl unpause it"));
+        }
         done
     }
 
@@ -546,6 +553,8 @@ mod tests {
         root: PathBuf,
         fake: Fake,
         sequence: Cell<u32>,
+        still: Rc<Cell<Result<(), i32>>>,
+        pause: Box<dyn Fn(bool) -> Result<(), i32>>,
     }
 
     impl Host {
@@ -576,7 +585,9 @@ mod tests {
             }
             fs::create_dir_all(root.join("journal")).unwrap();
             let fake = Fake { next: Cell::new(56), guest: Cell::new(Some(7)), ..Fake::default() };
-            Host { root, fake, sequence: Cell::new(0) }
+            let still = Rc::new(Cell::new(Ok(())));
+            let answer = still.clone();
+            Host { root, fake, sequence: Cell::new(0), still, pause: Box::new(move |_| answer.get()) }
         }
 
         fn path(&self, sbdf: &str, file: &str) -> PathBuf {
@@ -588,7 +599,7 @@ mod tests {
             let driver = Driver { domid: 2, name: "p0".into(), config };
             let mut office = Office::open(
                 &self.fake,
-                &|_| (),
+                &*self.pause,
                 &self.fake,
                 Sysfs::at(&self.root),
                 self.root.join("journal"),
@@ -688,6 +699,14 @@ mod tests {
         let host = Host::new("trust");
         let mut office = host.office();
         assert_eq!(host.ask(&mut office, NIC, Operation::Prepare), Ok(0));
+        // What the domain could change between the look and the call is not looked at.
+        host.still.set(Err(1));
+        let before = host.fake.calls.borrow().len();
+        for operation in [Operation::Prepare, Operation::Restore] {
+            assert_eq!(host.ask(&mut office, NIC, operation), Err(EIO), "{operation:?}");
+        }
+        assert_eq!(host.fake.calls.borrow().len(), before);
+        host.still.set(Ok(()));
         // An entry twice, and MSI beside MSI-X.
         assert_eq!(host.ask(&mut office, NIC, map(7, 0)), Ok(55));
         assert_eq!(host.ask(&mut office, NIC, map(7, 0)), Err(EEXIST));
