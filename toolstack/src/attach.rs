@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 use pciback::cmdline::Mode;
 use pciback::sbdf::Sbdf;
 
-use crate::domains::{Domains, Driver, Guest};
+use crate::domains::{Domains, Driver, Guest, Xl};
 use crate::error::{Failure, Outcome, errno};
 use crate::nodes::{self, DOMID_IO, Link, told};
 use crate::rights;
 use crate::serve;
 use crate::sysfs::{Function, Sysfs};
-use crate::xen::{self, Hypervisor, Store, transaction};
+use crate::xen::{self, Hypervisor, Store, Xen, transaction};
 
 /// How long the driver domain may take for one step.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -34,7 +34,12 @@ pub struct Host<'a> {
     pub journals: PathBuf,
 }
 
-impl Host<'_> {
+impl<'a> Host<'a> {
+    /// The real one.
+    pub fn of(xen: &'a Xen, sysfs: &'a Sysfs) -> Host<'a> {
+        Host { xen, store: xen, sysfs, domains: &Xl, patience: PATIENCE, journals: nodes::JOURNALS.into() }
+    }
+
     /// Waits until `look` finds something, at most `patience`, and not after the user interrupts.
     pub fn wait<T>(&self, patience: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T> {
         let end = Instant::now() + patience;

@@ -346,8 +346,7 @@ fn run() -> Outcome<()> {
     };
     let libdir = line.libdir.or_else(|| std::env::var("XL_PCIBACK_LIBDIR").ok());
     let xen = Xen::open(libdir.as_deref())?;
-    let journals = nodes::JOURNALS.into();
-    let host = Host { xen: &xen, store: &xen, sysfs: &sysfs, domains: &Xl, patience: attach::PATIENCE, journals };
+    let host = Host::of(&xen, &sysfs);
     // From here on an interrupt ends waits, not the program in the middle of a change.
     if !matches!(job, Job::Assignable | Job::List | Job::Status(_)) {
         xen::hold_interrupts();

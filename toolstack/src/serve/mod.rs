@@ -194,17 +194,6 @@ fn alone(xen: &Xen) -> Outcome<()> {
 }
 
 impl Serve<'_> {
-    fn host(&self) -> Host<'_> {
-        Host {
-            xen: self.xen,
-            store: self.xen,
-            sysfs: self.sysfs,
-            domains: &Xl,
-            patience: attach::PATIENCE,
-            journals: Path::new(nodes::JOURNALS).to_path_buf(),
-        }
-    }
-
     fn run(&mut self, woken: &UnixStream) -> Outcome<()> {
         let fds = [self.xen.as_raw_fd(), self.bell.1.as_raw_fd(), woken.as_raw_fd()];
         let mut looked = Instant::now();
@@ -505,7 +494,7 @@ impl Serve<'_> {
             }
         });
         journal::forget(Path::new(nodes::JOURNALS), sbdf, guest);
-        let quarantined = quarantine(&self.host(), sbdf);
+        let quarantined = quarantine(&Host::of(self.xen, self.sysfs), sbdf);
         let problem = gone.err().map(|number| format!("xenstore: {}", errno(number)));
         // Xen itself has put it there, if it could; what keeps it out is found when it is attached.
         let problem = problem.or(quarantined.err().map(|number| format!("domain {DOMID_IO}: {}", errno(number))));
@@ -603,8 +592,7 @@ fn served(drivers: &[Driver], view: &View) -> Vec<Driver> {
 /// Does one job, with connections of its own.
 fn work(libdir: Option<&str>, sysfs: &Sysfs, guest: u32, sbdf: Sbdf, job: Job) -> Outcome<String> {
     let xen = Xen::open(libdir)?;
-    let journals = Path::new(nodes::JOURNALS).to_path_buf();
-    let host = Host { xen: &xen, store: &xen, sysfs, domains: &Xl, patience: attach::PATIENCE, journals };
+    let host = Host::of(&xen, sysfs);
     match job {
         Job::Attach(driver, _) => {
             let options = attach::Options { driver: Some(driver), permissive: false };
