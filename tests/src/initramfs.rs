@@ -34,8 +34,9 @@ export PATH=/bin
 /bin/busybox --install -s /bin
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
 words() { tr ' ' '\n' </proc/cmdline | sed -n "s/^$1//p"; }
-nvme="crct10dif_common crc-t10dif crc64 crc64-rocksoft t10-pi nvme-keyring nvme-auth nvme-core nvme"
-disks="scsi_common scsi_mod sd_mod usb-common usbcore usb-storage xhci-hcd xhci-pci-renesas xhci-pci libata libahci ahci"
+dif="crct10dif_common crc-t10dif crc64 crc64-rocksoft t10-pi"
+nvme="$dif nvme-keyring nvme-auth nvme-core nvme"
+disks="$dif scsi_common scsi_mod sd_mod usb-common usbcore usb-storage xhci-hcd xhci-pci-renesas xhci-pci libata libahci ahci"
 case $(words rig.drivers=) in nvme) list=$nvme;; e1000e) list=e1000e;; disks) list=$disks;; *) list="$nvme e1000e $disks";; esac
 for m in $list xen-pcifront; do
   [ -e /modules/$m.ko ] && insmod /modules/$m.ko $(words $m\\.)

@@ -162,14 +162,15 @@ fn ask<C: ConfigSpace, P: Physdev>(
             match error {
                 PhysdevError::NotConnected => {}
                 PhysdevError::NotImplemented if reach == Reach::Direct => {}
-                // What is wrong with one that was not recognised is told already.
-                _ if device.peek().is_none() => {}
-                _ if reach.needs_dom0() => device.refuse(not_listed(error)),
-                // The change is there, and says whose function it is not.
-                PhysdevError::NotPermitted => device.refuse(format!(
+                // The change is there, and says whose function it is not: that is also why its frame reads as if no device
+                // were there.
+                PhysdevError::NotPermitted if reach == Reach::Direct => device.refuse(format!(
                     "Xen answers {error} to physdev calls for it: this domain is not its config owner; add its ECAM \
                      frame to iomem= (xl-pciback config prints it)"
                 )),
+                // What is wrong with one that was not recognised is told already.
+                _ if device.peek().is_none() => {}
+                _ if reach.needs_dom0() => device.refuse(not_listed(error)),
                 _ => device.refuse(format!("Xen answers {error} to physdev calls for it; see xl dmesg")),
             }
             return Err(error);

@@ -166,6 +166,10 @@ pub struct Config {
 
 impl ConfigSpace for Config {
     fn read(&self, offset: u16, width: Width) -> u32 {
+        // Nothing is mapped where the frame was not given to this domain.
+        if self.world.xen.foreign.borrow().contains(&self.sbdf) {
+            return width.mask();
+        }
         self.world.xen.bus.read(self.sbdf, offset, width)
     }
 
