@@ -25,6 +25,7 @@ use xen_guest::errno::Errno;
 use xen_guest::evtchn::{self, BoundPort, Pending};
 use xen_guest::grant::{self, Mapping, Window};
 use xen_guest::grant_table::OwnTable;
+use xen_guest::halt_poll::HaltPoll;
 use xen_guest::memory::{self as xen_memory, Param};
 use xen_guest::page::Page;
 use xen_guest::physdev;
@@ -46,8 +47,8 @@ const LOOKS: u32 = 512;
 /// Event channels that are no frontend's.
 const OWN_PORTS: usize = 3;
 
-/// How long the answer of dom0 is looked for before sleeping: 200 microseconds.
-const LOOK: Nanos = 200_000;
+/// How long the answer of dom0 is looked for at most before sleeping, if answers come so soon: 2 milliseconds.
+const LOOK: Nanos = 2_000_000;
 
 /// dom0, which the channel for delegated operations is for.
 const DOM0: DomId = 0;
@@ -123,19 +124,7 @@ impl Machine {
 
     /// Looks at the pending bits of `ports` for at most `window` nanoseconds; true if one is set.
     pub fn look(&self, ports: &[Port], window: Nanos) -> bool {
-        let end = self.now().saturating_add(window);
-        loop {
-            // Reading the clock may leave the domain, on hosts whose time stamp counter is emulated.
-            for _ in 0..LOOKS {
-                if ports.iter().any(|port| self.pending.is_set(*port)) {
-                    return true;
-                }
-                core::hint::spin_loop();
-            }
-            if self.now() >= end {
-                return false;
-            }
-        }
+        look(self.shared, window, || ports.iter().any(|port| self.pending.is_set(*port)))
     }
 
     /// The event channels that are no frontend's: xenstore, console, and the channel to dom0.
@@ -157,6 +146,23 @@ impl Machine {
     /// The xenstore client with all it can do.
     pub fn client(&mut self) -> &mut Client<StoreTransport> {
         &mut self.store.0
+    }
+}
+
+/// Looks until `has` says yes, for at most `window` nanoseconds; true if it did.
+fn look(shared: Page, window: Nanos, has: impl Fn() -> bool) -> bool {
+    let end = clock::now(shared).saturating_add(window);
+    loop {
+        // Reading the clock may leave the domain, on hosts whose time stamp counter is emulated.
+        for _ in 0..LOOKS {
+            if has() {
+                return true;
+            }
+            core::hint::spin_loop();
+        }
+        if clock::now(shared) >= end {
+            return false;
+        }
     }
 }
 
@@ -212,6 +218,8 @@ fn channel(table: &mut OwnTable, pending: Pending, shared: Page) -> (Dom0Line, (
         port: number,
         pending,
         shared,
+        patience: HaltPoll::new(LOOK),
+        given_up: None,
     };
     (line, (grant, number))
 }
@@ -295,6 +303,10 @@ pub struct Dom0Line {
     port: Port,
     pending: Pending,
     shared: Page,
+    /// How long an answer is looked for.
+    patience: HaltPoll,
+    /// When a look ended without one that has not come yet.
+    given_up: Option<Nanos>,
 }
 
 #[cfg(feature = "hostile")]
@@ -316,23 +328,16 @@ impl Line for Dom0Line {
     }
 
     fn receive(&mut self, answer: &mut [u8; ANSWER]) -> bool {
-        self.server.receive(answer)
+        let received = self.server.receive(answer);
+        if received && let Some(since) = self.given_up.take() {
+            self.patience.slept(self.now().saturating_sub(since));
+        }
+        received
     }
 
     fn look(&mut self) {
-        let end = self.now().saturating_add(LOOK);
-        loop {
-            // Reading the clock may leave the domain, as in `Machine::look`.
-            for _ in 0..LOOKS {
-                if self.server.has(ANSWER) {
-                    return;
-                }
-                core::hint::spin_loop();
-            }
-            if self.now() >= end {
-                return;
-            }
-        }
+        let found = look(self.shared, self.patience.window(), || self.server.has(ANSWER));
+        self.given_up = (!found).then(|| self.now());
     }
 
     fn wait(&mut self, deadline: Nanos) {

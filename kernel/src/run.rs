@@ -22,6 +22,9 @@ use crate::{fatal, logger};
 const SHUTDOWN: (&str, &str) = ("control/shutdown", "shutdown");
 const REPORT: (&str, &str) = ("data/pciback/report", "report");
 
+/// How long the next event is looked for at most before sleeping: 200 microseconds.
+const LOOK: Nanos = 200_000;
+
 /// Xenstore events handled before frontends get their turn again.
 const EVENTS_A_TURN: usize = 16;
 
@@ -34,7 +37,7 @@ pub fn run(machine: Machine, config: Config, complaints: Vec<Complaint>, entry: 
     publish_start(&mut backend, entry);
 
     let mut ports: Vec<Port> = Vec::with_capacity(POLL_PORTS);
-    let mut poll = HaltPoll::default();
+    let mut poll = HaltPoll::new(LOOK);
     // Counted for the report: an idle domain does not wake up.
     let mut sleeps = 0;
     loop {

@@ -5,28 +5,30 @@
 //! a look at the pending bits, for a bounded time. Looks that find nothing shorten the time, and soon
 //! there is none: an idle domain never looks. The idea is Linux's haltpoll; the bounds are ours.
 
-/// Longest look, nanoseconds.
-const MOST: u64 = 200_000;
-/// First look after a short sleep.
-const LEAST: u64 = 25_000;
-/// A sleep that ended sooner would have been worth a look.
-const SHORT: u64 = 400_000;
-
 /// The time to look, learnt from the waits before.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct HaltPoll(u64);
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HaltPoll {
+    window: u64,
+    most: u64,
+}
 
 impl HaltPoll {
+    /// Looks for at most `most` nanoseconds. A sleep that was shorter than twice that would have been worth a look.
+    pub const fn new(most: u64) -> HaltPoll {
+        HaltPoll { window: 0, most }
+    }
+
     /// How long to look before sleeping, nanoseconds; 0 is not at all.
     pub fn window(self) -> u64 {
-        self.0
+        self.window
     }
 
     /// The look found nothing, and the sleep after it took `slept` nanoseconds.
     pub fn slept(&mut self, slept: u64) {
-        self.0 = if slept < SHORT { (self.0 * 2).clamp(LEAST, MOST) } else { self.0 / 2 };
-        if self.0 < LEAST {
-            self.0 = 0;
+        let least = self.most / 8;
+        self.window = if slept < self.most * 2 { (self.window * 2).clamp(least, self.most) } else { self.window / 2 };
+        if self.window < least {
+            self.window = 0;
         }
     }
 }
@@ -35,12 +37,14 @@ impl HaltPoll {
 mod tests {
     use super::*;
 
+    const MOST: u64 = 200_000;
+
     #[test]
     fn bursts_make_it_look_and_idleness_makes_it_stop() {
-        let mut poll = HaltPoll::default();
+        let mut poll = HaltPoll::new(MOST);
         assert_eq!(poll.window(), 0);
         poll.slept(100_000);
-        assert_eq!(poll.window(), LEAST);
+        assert_eq!(poll.window(), MOST / 8);
         for _ in 0..20 {
             poll.slept(100_000);
         }

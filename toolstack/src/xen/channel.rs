@@ -2,6 +2,7 @@
 //! whole messages, looked at by [`crate::serve`].
 
 use std::ffi::{CString, c_char, c_int, c_void};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use libloading::Library;
 use pciback::delegate::message::{ANSWER, CHANNEL, REQUEST};
@@ -18,15 +19,44 @@ struct Head {
     pointers: [*mut c_void; 3],
     event_port: u32,
     flags: u32,
+    /// The ring we read from, `struct ring_shared`: how far it was read, and how far it is written.
+    read: *const [AtomicU32; 2],
 }
 
 /// `blocking`, the third bit field behind `is_server` and `server_persist`.
 const BLOCKING: u32 = 1 << 2;
 
+/// The library's functions on an open channel. They are looked up once: that takes longer than most of them do.
+struct Functions {
+    receive: unsafe extern "C" fn(*mut c_void, *mut c_void, usize) -> c_int,
+    ready: unsafe extern "C" fn(*mut c_void) -> c_int,
+    send: unsafe extern "C" fn(*mut c_void, *const c_void, usize) -> c_int,
+    fd: unsafe extern "C" fn(*mut c_void) -> c_int,
+    wait: unsafe extern "C" fn(*mut c_void) -> c_int,
+    close: unsafe extern "C" fn(*mut c_void),
+}
+
+impl Functions {
+    fn of(library: &Library) -> Result<Functions, libloading::Error> {
+        Ok(Functions {
+            receive: function!(library, "libxenvchan_recv", fn(*mut c_void, *mut c_void, usize) -> c_int)?,
+            ready: function!(library, "libxenvchan_data_ready", fn(*mut c_void) -> c_int)?,
+            send: function!(library, "libxenvchan_send", fn(*mut c_void, *const c_void, usize) -> c_int)?,
+            fd: function!(library, "libxenvchan_fd_for_select", fn(*mut c_void) -> c_int)?,
+            wait: function!(library, "libxenvchan_wait", fn(*mut c_void) -> c_int)?,
+            close: function!(library, "libxenvchan_close", fn(*mut c_void) -> ())?,
+        })
+    }
+}
+
 /// An open channel.
 pub struct Channel {
-    library: Library,
     control: *mut c_void,
+    /// Its reading ring's counters, in the page that is shared with the driver domain.
+    counters: *const [AtomicU32; 2],
+    functions: Functions,
+    // Dropped after the last use of the functions.
+    _library: Library,
 }
 
 impl Channel {
@@ -39,20 +69,22 @@ impl Channel {
         let missing = |_| Failure::new("libxenvchan lacks a function", "report the Xen release to the project");
         let init = function!(library, "libxenvchan_client_init", fn(*mut c_void, c_int, *const c_char) -> *mut c_void)
             .map_err(missing)?;
+        let functions = Functions::of(&library).map_err(missing)?;
         let path = CString::new(format!("/local/domain/{domid}/{CHANNEL}")).unwrap_or_default();
         let number = c_int::try_from(domid).unwrap_or(c_int::MAX);
         // SAFETY: a null logger is allowed; the path is a live C string.
         let control = unsafe { init(std::ptr::null_mut(), number, path.as_ptr()) };
-        if control.is_null() {
+        // SAFETY: libxenvchan.h: behind three pointers and the port come the flags; the third, "blocking", is never set by
+        // the library. Then comes the ring to read from. A null pointer gives `None`.
+        let Some(head) = (unsafe { control.cast::<Head>().as_mut() }) else {
             return Err(Failure::new(
                 format!("the channel of domain {domid} cannot be opened"),
                 "see whether another xl-pciback serve runs",
             ));
-        }
-        // SAFETY: libxenvchan.h: behind three pointers and the port come the flags; the third, "blocking", is never set by
-        // the library. What waits in the channel is waited for by poll, so nothing may block.
-        unsafe { control.cast::<Head>().as_mut() }.into_iter().for_each(|head| head.flags &= !BLOCKING);
-        let channel = Channel { library, control };
+        };
+        // What waits in the channel is waited for by poll, so nothing may block.
+        head.flags &= !BLOCKING;
+        let channel = Channel { control, counters: head.read, functions, _library: library };
         // What the last one left unread is not for this one.
         let mut request = [0; REQUEST];
         (0..LEFT_OVER).find(|_| !channel.receive(&mut request));
@@ -61,49 +93,49 @@ impl Channel {
 
     /// Takes a request, if a whole one has come.
     pub fn receive(&self, request: &mut [u8; REQUEST]) -> bool {
-        if !self.has_data() {
-            return false;
-        }
-        let call = function!(self.library, "libxenvchan_recv", fn(*mut c_void, *mut c_void, usize) -> c_int);
         // SAFETY: an open channel; the buffer has the size that is said.
-        call.is_ok_and(|recv| unsafe { recv(self.control, request.as_mut_ptr().cast(), REQUEST) } == REQUEST as c_int)
+        self.has_data()
+            && unsafe { (self.functions.receive)(self.control, request.as_mut_ptr().cast(), REQUEST) }
+                == REQUEST as c_int
+    }
+
+    /// Whether a whole request seems to have come: only a look, which costs nobody an event.
+    pub fn has_data(&self) -> bool {
+        // SAFETY: the library keeps the page mapped as long as the channel is open; both ends change it, so it is read
+        // atomically.
+        let [read, written] = unsafe { &*self.counters };
+        let written = written.load(Ordering::Acquire);
+        written.wrapping_sub(read.load(Ordering::Relaxed)) as usize >= REQUEST
     }
 
     /// Whether a whole request has come. If not, an event tells when one may have.
-    pub fn has_data(&self) -> bool {
-        let call = function!(self.library, "libxenvchan_data_ready", fn(*mut c_void) -> c_int);
+    pub fn ask_for_data(&self) -> bool {
         // SAFETY: an open channel.
-        call.is_ok_and(|ready| unsafe { ready(self.control) } >= REQUEST as c_int)
+        unsafe { (self.functions.ready)(self.control) >= REQUEST as c_int }
     }
 
     /// Sends an answer. One for which there is no room is lost: a driver domain that does not read waits for none.
     pub fn send(&self, answer: &[u8; ANSWER]) -> bool {
-        let call = function!(self.library, "libxenvchan_send", fn(*mut c_void, *const c_void, usize) -> c_int);
         // SAFETY: an open channel; the buffer has the size that is said.
-        call.is_ok_and(|send| unsafe { send(self.control, answer.as_ptr().cast(), ANSWER) } == ANSWER as c_int)
+        unsafe { (self.functions.send)(self.control, answer.as_ptr().cast(), ANSWER) == ANSWER as c_int }
     }
 
-    /// Becomes readable when [`Channel::has_data`] may have changed.
+    /// Becomes readable when an event has come that [`Channel::ask_for_data`] asked for.
     pub fn fd(&self) -> c_int {
-        let call = function!(self.library, "libxenvchan_fd_for_select", fn(*mut c_void) -> c_int);
         // SAFETY: an open channel.
-        call.map_or(-1, |fd| unsafe { fd(self.control) })
+        unsafe { (self.functions.fd)(self.control) }
     }
 
     /// Takes the event that made [`Channel::fd`] readable. Waits if there is none.
     pub fn take_event(&self) {
-        if let Ok(wait) = function!(self.library, "libxenvchan_wait", fn(*mut c_void) -> c_int) {
-            // SAFETY: an open channel.
-            unsafe { wait(self.control) };
-        }
+        // SAFETY: an open channel.
+        unsafe { (self.functions.wait)(self.control) };
     }
 }
 
 impl Drop for Channel {
     fn drop(&mut self) {
-        if let Ok(close) = function!(self.library, "libxenvchan_close", fn(*mut c_void) -> ()) {
-            // SAFETY: our channel, used no more.
-            unsafe { close(self.control) };
-        }
+        // SAFETY: our channel, used no more.
+        unsafe { (self.functions.close)(self.control) };
     }
 }
