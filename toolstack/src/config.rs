@@ -129,6 +129,8 @@ fn render(windows: &[Ecam], functions: &[Function], options: &Options) -> Outcom
     Ok(format!(
         "# Driver domain for PCI functions, written by xl-pciback config.\n{comments}# {}\n\
          name = \"{}\"\ntype = \"pvh\"\nkernel = \"{}\"\nmemory = 4\nmaxmem = 4\nvcpus = 1\n\
+         # It takes the time by Xen's clock, which fits each processor: emulating the counter would only cost.\n\
+         tsc_mode = \"native\"\n\
          iomem = [ {} ]\nextra = \"{}\"\n",
         options.mode.why,
         options.name,
