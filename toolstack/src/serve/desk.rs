@@ -20,17 +20,14 @@ use crate::xen::channel::Channel;
 use crate::xen::events::wait_readable;
 use crate::xen::{Store, Xen};
 
-/// How often the ring is looked at before the clock.
-const LOOKS: u32 = 64;
-
 /// How often a channel that another end still holds is tried again.
 const RETRY: Duration = Duration::from_millis(200);
 
 /// `xen/errno.h`.
 const EIO: i32 = 5;
 
-/// Requests in a row before the wish to stop is looked for, and whose the functions are.
-const TURN: u32 = 16;
+/// Requests in a row before the wish to stop is looked for.
+const TURN: u32 = 1024;
 
 /// A running desk.
 pub struct Desk {
@@ -153,21 +150,17 @@ fn serve(office: &mut Office<'_>, channel: &Channel, driver: &Driver, ring: &Uni
     eprintln!("xl-pciback: driver domain {:?} (domain {}): connected", driver.name, driver.domid);
     let fds = [channel.fd(), ring.as_raw_fd()];
     let mut request = [0; REQUEST];
-    let mut look = Look::default();
     loop {
-        office.wake();
         let mut served = 0;
         while served < TURN && channel.receive(&mut request) {
             served += 1;
-            look.begin();
             if let Some(answer) = office.carry_out(&request) {
                 channel.send(&answer.encode());
             }
-            look.look(channel);
         }
         // A look that costs nothing where the turn was cut short.
-        let more = served == TURN || channel.ask_for_data();
-        let ready = wait_readable(&fds, more.then_some(Duration::ZERO));
+        let timeout = (served == TURN).then_some(Duration::ZERO);
+        let ready = wait_readable(&fds, timeout);
         if ready.first() == Some(&true) {
             channel.take_event();
         }
@@ -175,51 +168,4 @@ fn serve(office: &mut Office<'_>, channel: &Channel, driver: &Driver, ring: &Uni
             return Bell::Stop;
         }
     }
-}
-
-/// How long the next request is looked for before sleeping. A guest that sets a device up makes many, one behind the other,
-/// and to be woken takes longer than to carry one out. So looking lasts at most eight times as long as the work, and only
-/// while the pauses are no longer: nobody can have this program look much more than it works.
-///
-/// Times are in ticks of the processor's counter: reading the clock may take a system call, and only shares matter.
-#[derive(Default)]
-struct Look {
-    /// When the last request had come, and when its answer went.
-    came: u64,
-    gone: u64,
-    /// How long the next look may last, ticks.
-    most: u64,
-}
-
-impl Look {
-    /// A request has come.
-    fn begin(&mut self) {
-        self.came = ticks();
-        if self.came.wrapping_sub(self.gone) > self.most {
-            self.most = 0;
-        }
-    }
-
-    /// Its answer is on its way: looks for the next one.
-    fn look(&mut self, channel: &Channel) {
-        self.gone = ticks();
-        let most = self.gone.wrapping_sub(self.came).saturating_mul(8);
-        // Nothing to go by after a long pause: this pause tells.
-        if std::mem::replace(&mut self.most, most) == 0 {
-            return;
-        }
-        while !(0..LOOKS).any(|_| {
-            std::hint::spin_loop();
-            channel.has_data()
-        }) {
-            if ticks().wrapping_sub(self.gone) > self.most {
-                return;
-            }
-        }
-    }
-}
-
-fn ticks() -> u64 {
-    // SAFETY: every processor that runs Xen has the instruction.
-    unsafe { std::arch::x86_64::_rdtsc() }
 }

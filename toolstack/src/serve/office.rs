@@ -52,8 +52,6 @@ struct Function {
     entry: DeviceConfig,
     /// Its `driver_override`.
     claim: Option<fs::File>,
-    /// It was found to be taken from dom0 since [`Office::wake`].
-    owned: bool,
     space: Option<Rc<fs::File>>,
     rules: Option<Rules>,
     journal: Journal,
@@ -104,7 +102,6 @@ impl<'a> Office<'a> {
             let function = Function {
                 entry: device.clone(),
                 claim: None,
-                owned: false,
                 space: None,
                 rules: None,
                 journal: Journal::open(&dir, device.sbdf),
@@ -133,12 +130,6 @@ impl<'a> Office<'a> {
             function.kept.clear();
         }
         Answer::hello(self.session)
-    }
-
-    /// To be called when time may have gone by, and from time to time: before the next writes it is looked anew whether
-    /// the functions are still taken from dom0.
-    pub fn wake(&mut self) {
-        self.functions.values_mut().for_each(|function| function.owned = false);
     }
 
     /// Carries out a request; `None` if it is of another session.
@@ -400,7 +391,6 @@ fn owned(sysfs: &Sysfs, sbdf: Sbdf, function: &mut Function) -> Result<(), Refus
         return Ok(());
     }
     function.claim = None;
-    function.owned = false;
     refused(EBUSY, "dom0 has the function itself")
 }
 
@@ -460,10 +450,7 @@ fn write(
     width: Width,
     value: u32,
 ) -> Result<u32, Refusal> {
-    if !function.owned {
-        owned(sysfs, sbdf, function)?;
-        function.owned = true;
-    }
+    owned(sysfs, sbdf, function)?;
     let read = reader(sysfs, sbdf, function)?;
     rules(sysfs, sbdf, function)?;
     let (Some(space), Some(rules)) = (&function.space, &function.rules) else { return Err((ENODEV, None)) };
@@ -667,7 +654,6 @@ mod tests {
         assert_eq!(host.ask(&mut office, NIC, write(4, 2)), Ok(0));
         // As `assignable-remove` does it: no driver can have it before the name is another one.
         fs::write(host.path(NIC, "driver_override"), "(null)\n").unwrap();
-        office.wake();
         for operation in
             [write(4, 6), Operation::Prepare, Operation::Release, Operation::Restore, map(7, 0), Operation::Reset]
         {

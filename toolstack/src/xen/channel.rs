@@ -2,7 +2,6 @@
 //! whole messages, looked at by [`crate::serve`].
 
 use std::ffi::{CString, c_char, c_int, c_void};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use libloading::Library;
 use pciback::delegate::message::{ANSWER, CHANNEL, REQUEST};
@@ -19,8 +18,6 @@ struct Head {
     pointers: [*mut c_void; 3],
     event_port: u32,
     flags: u32,
-    /// The ring we read from, `struct ring_shared`: how far it was read, and how far it is written.
-    read: *const [AtomicU32; 2],
 }
 
 /// `blocking`, the third bit field behind `is_server` and `server_persist`.
@@ -52,8 +49,6 @@ impl Functions {
 /// An open channel.
 pub struct Channel {
     control: *mut c_void,
-    /// Its reading ring's counters, in the page that is shared with the driver domain.
-    counters: *const [AtomicU32; 2],
     functions: Functions,
     // Dropped after the last use of the functions.
     _library: Library,
@@ -75,7 +70,7 @@ impl Channel {
         // SAFETY: a null logger is allowed; the path is a live C string.
         let control = unsafe { init(std::ptr::null_mut(), number, path.as_ptr()) };
         // SAFETY: libxenvchan.h: behind three pointers and the port come the flags; the third, "blocking", is never set by
-        // the library. Then comes the ring to read from. A null pointer gives `None`.
+        // the library. A null pointer gives `None`.
         let Some(head) = (unsafe { control.cast::<Head>().as_mut() }) else {
             return Err(Failure::new(
                 format!("the channel of domain {domid} cannot be opened"),
@@ -84,7 +79,7 @@ impl Channel {
         };
         // What waits in the channel is waited for by poll, so nothing may block.
         head.flags &= !BLOCKING;
-        let channel = Channel { control, counters: head.read, functions, _library: library };
+        let channel = Channel { control, functions, _library: library };
         // What the last one left unread is not for this one.
         let mut request = [0; REQUEST];
         (0..LEFT_OVER).find(|_| !channel.receive(&mut request));
@@ -99,17 +94,8 @@ impl Channel {
                 == REQUEST as c_int
     }
 
-    /// Whether a whole request seems to have come: only a look, which costs nobody an event.
-    pub fn has_data(&self) -> bool {
-        // SAFETY: the library keeps the page mapped as long as the channel is open; both ends change it, so it is read
-        // atomically.
-        let [read, written] = unsafe { &*self.counters };
-        let written = written.load(Ordering::Acquire);
-        written.wrapping_sub(read.load(Ordering::Relaxed)) as usize >= REQUEST
-    }
-
     /// Whether a whole request has come. If not, an event tells when one may have.
-    pub fn ask_for_data(&self) -> bool {
+    pub fn has_data(&self) -> bool {
         // SAFETY: an open channel.
         unsafe { (self.functions.ready)(self.control) >= REQUEST as c_int }
     }
@@ -120,7 +106,7 @@ impl Channel {
         unsafe { (self.functions.send)(self.control, answer.as_ptr().cast(), ANSWER) == ANSWER as c_int }
     }
 
-    /// Becomes readable when an event has come that [`Channel::ask_for_data`] asked for.
+    /// Becomes readable when [`Channel::has_data`] may have changed.
     pub fn fd(&self) -> c_int {
         // SAFETY: an open channel.
         unsafe { (self.functions.fd)(self.control) }
