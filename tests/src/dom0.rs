@@ -125,7 +125,7 @@ impl<'a> Guest<'a> {
         let Self { name, passthrough, pci, drivers, extra } = self;
         let mut text = format!(
             "name=\"{name}\"\ntype=\"pv\"\nkernel=\"/boot/vmlinux\"\nramdisk=\"/boot/guest.img\"\n\
-             extra=\"console=hvc0 nokaslr loglevel=6 rig.drivers={drivers} {extra}\"\nmemory=256\nvcpus=2\non_crash=\"destroy\"\non_reboot=\"restart\"\n"
+             extra=\"console=hvc0 nokaslr rodata=off loglevel=6 rig.drivers={drivers} {extra}\"\nmemory=256\nvcpus=2\non_crash=\"destroy\"\non_reboot=\"restart\"\n"
         );
         if let Some(pci) = pci {
             text.push_str(&format!("pci=[\"{pci}\"]\n"));
