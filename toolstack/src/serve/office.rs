@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use pciback::cmdline::{DeviceConfig, Reset};
 use pciback::config::registers::{command, offset};
 use pciback::delegate::message::{Answer, Operation, REQUEST, Request};
-use pciback::physdev::{Pirq, Vector};
+use pciback::physdev::{PhysdevError, Pirq, Vector};
 use pciback::platform::{DomId, Width};
 use pciback::sbdf::Sbdf;
 use pciback::throttle::Throttle;
@@ -25,19 +25,6 @@ use crate::nodes;
 use crate::sysfs::{NOBODY, Sysfs};
 use crate::xen::Store;
 use crate::xen::calls::Physdev;
-
-/// `xen/errno.h`.
-mod number {
-    pub const EPERM: u32 = 1;
-    pub const ENOENT: u32 = 2;
-    pub const EIO: u32 = 5;
-    pub const ENXIO: u32 = 6;
-    pub const EBUSY: u32 = 16;
-    pub const EEXIST: u32 = 17;
-    pub const ENODEV: u32 = 19;
-    pub const EINVAL: u32 = 22;
-}
-use number::{EBUSY, EEXIST, EINVAL, EIO, ENODEV, ENOENT, ENXIO, EPERM};
 
 /// How long a guest that was looked up counts as the one that has a function. Xen itself maps for nobody else.
 const FRESH: Duration = Duration::from_secs(1);
@@ -77,15 +64,15 @@ pub struct Office<'a> {
 }
 
 /// Why a request is not carried out: the answer's errno, and what is logged of it.
-type Refusal = (u32, Option<String>);
+type Refusal = (PhysdevError, Option<String>);
 
-fn refused<T>(number: u32, why: impl Into<String>) -> Result<T, Refusal> {
-    Err((number, Some(why.into())))
+fn refused<T>(error: PhysdevError, why: impl Into<String>) -> Result<T, Refusal> {
+    Err((error, Some(why.into())))
 }
 
 /// What Xen answered; the driver domain tells of it.
 fn xen(number: i32) -> Refusal {
-    (number.unsigned_abs(), None)
+    (PhysdevError::of(number.abs()), None)
 }
 
 impl<'a> Office<'a> {
@@ -148,11 +135,11 @@ impl<'a> Office<'a> {
         let Request { session, sequence, function, operation } = request;
         let (errno, value) = match self.operate(function, operation) {
             Ok(value) => (0, value),
-            Err((errno, why)) => {
+            Err((error, why)) => {
                 if let Some(why) = why {
                     self.log(&format!("{function}: {why}: refused"));
                 }
-                (errno, 0)
+                (error.errno().unsigned_abs(), 0)
             }
         };
         Some(Answer { session, sequence, errno, value })
@@ -169,12 +156,12 @@ impl<'a> Office<'a> {
 
     fn operate(&mut self, sbdf: Sbdf, operation: Operation) -> Result<u32, Refusal> {
         let Some(function) = self.functions.get_mut(&sbdf) else {
-            return refused(EPERM, "its xl configuration (dev=) does not list this function");
+            return refused(PhysdevError::NotPermitted, "its xl configuration (dev=) does not list this function");
         };
         if function.reset.as_ref().is_some_and(|reset| !reset.is_finished())
             && !matches!(operation, Operation::ResetDone)
         {
-            return refused(EBUSY, "a request while dom0 resets it");
+            return refused(PhysdevError::Busy, "a request while dom0 resets it");
         }
         match operation {
             Operation::Write { offset, width, value } => write(&self.sysfs, sbdf, function, offset, width, value),
@@ -182,7 +169,7 @@ impl<'a> Office<'a> {
             Operation::Release => {
                 owned(&self.sysfs, sbdf, function)?;
                 if !rules(&self.sysfs, sbdf, function)?.has_msix() {
-                    return refused(ENODEV, "release_msix for a function without MSI-X");
+                    return refused(PhysdevError::NoDevice, "release_msix for a function without MSI-X");
                 }
                 self.calls.release_msix(sbdf).map(|()| 0).map_err(xen)
             }
@@ -190,21 +177,21 @@ impl<'a> Office<'a> {
             Operation::Map { guest, vector } => self.map(sbdf, guest, vector),
             Operation::Unmap { guest, pirq } => {
                 if !function.journal.mapped().contains_key(&(guest, pirq)) {
-                    return refused(EINVAL, format!("pirq {pirq} of domain {guest} is no vector of it"));
+                    return refused(PhysdevError::Invalid, format!("pirq {pirq} of domain {guest} is no vector of it"));
                 }
                 unmap(self.calls, function, (guest, pirq)).map(|()| 0).map_err(xen)
             }
             Operation::Reset => self.reset(sbdf),
             Operation::ResetDone => match function.reset.take() {
-                None => refused(ENOENT, "no reset was asked for"),
+                None => refused(PhysdevError::NotFound, "no reset was asked for"),
                 Some(running) if !running.is_finished() => {
                     function.reset = Some(running);
                     Ok(0)
                 }
                 Some(done) => match done.join() {
                     Ok(Ok(())) => Ok(1),
-                    Ok(Err(why)) => refused(EIO, format!("dom0's kernel does not reset it: {why}")),
-                    Err(_) => refused(EIO, "the reset ended badly"),
+                    Ok(Err(why)) => refused(PhysdevError::Failed, format!("dom0's kernel does not reset it: {why}")),
+                    Err(_) => refused(PhysdevError::Failed, "the reset ended badly"),
                 },
             },
             Operation::Keep { guest, pirq } => {
@@ -233,7 +220,7 @@ impl<'a> Office<'a> {
     fn paused(&mut self, act: impl FnOnce(&mut Self) -> Result<u32, Refusal>) -> Result<u32, Refusal> {
         if let Err(number) = (self.pause)(true) {
             return refused(
-                EIO,
+                PhysdevError::Failed,
                 format!("a call for which the domain must stand still, and it does not: errno {number}"),
             );
         }
@@ -247,14 +234,17 @@ impl<'a> Office<'a> {
     /// Xen takes the address of the MSI-X table from the function's registers, and will write there.
     fn prepare(&mut self, sbdf: Sbdf) -> Result<u32, Refusal> {
         self.owned(sbdf)?;
-        let Some(function) = self.functions.get_mut(&sbdf) else { return Err((ENODEV, None)) };
+        let Some(function) = self.functions.get_mut(&sbdf) else { return Err((PhysdevError::NoDevice, None)) };
         let read = reader(&self.sysfs, sbdf, function)?;
         let rules = rules(&self.sysfs, sbdf, function)?;
         if !rules.has_msix() {
-            return refused(ENODEV, "prepare_msix for a function without MSI-X");
+            return refused(PhysdevError::NoDevice, "prepare_msix for a function without MSI-X");
         }
         if !rules.is_in_place(&read) {
-            return refused(EINVAL, "prepare_msix while its base address registers are not what dom0 set");
+            return refused(
+                PhysdevError::Invalid,
+                "prepare_msix while its base address registers are not what dom0 set",
+            );
         }
         self.calls.prepare_msix(sbdf).map(|()| 0).map_err(xen)
     }
@@ -262,59 +252,71 @@ impl<'a> Office<'a> {
     /// Xen writes to the MSI-X table, and takes it for a bug if that cannot be reached.
     fn restore(&mut self, sbdf: Sbdf) -> Result<u32, Refusal> {
         self.owned(sbdf)?;
-        let Some(function) = self.functions.get_mut(&sbdf) else { return Err((ENODEV, None)) };
+        let Some(function) = self.functions.get_mut(&sbdf) else { return Err((PhysdevError::NoDevice, None)) };
         let read = reader(&self.sysfs, sbdf, function)?;
         if !function.journal.mapped().is_empty() {
             let held = read(offset::COMMAND, Width::Word).unwrap_or(u32::MAX) as u16;
             if held == u16::MAX || held & command::MEMORY == 0 {
-                return Err((ENXIO, None));
+                return Err((PhysdevError::NoMemoryDecode, None));
             }
             if !rules(&self.sysfs, sbdf, function)?.is_in_place(&read) {
-                return refused(EINVAL, "restore_msi while its base address registers are not what dom0 set");
+                return refused(
+                    PhysdevError::Invalid,
+                    "restore_msi while its base address registers are not what dom0 set",
+                );
             }
         }
         self.calls.restore_msi(sbdf).map(|()| 0).map_err(xen)
     }
 
     fn owned(&mut self, sbdf: Sbdf) -> Result<(), Refusal> {
-        let function = self.functions.get_mut(&sbdf).ok_or((ENODEV, None))?;
+        let function = self.functions.get_mut(&sbdf).ok_or((PhysdevError::NoDevice, None))?;
         owned(&self.sysfs, sbdf, function)
     }
 
     fn map(&mut self, sbdf: Sbdf, guest: DomId, vector: Vector) -> Result<u32, Refusal> {
         self.owned(sbdf)?;
-        let Some(function) = self.functions.get_mut(&sbdf) else { return Err((ENODEV, None)) };
+        let Some(function) = self.functions.get_mut(&sbdf) else { return Err((PhysdevError::NoDevice, None)) };
         let what = match vector {
             Vector::Msix { entry, .. } => Some(entry),
             Vector::Msi | Vector::MultiMsi { .. } => None,
         };
         if !(if what.is_some() { function.entry.msix } else { function.entry.msi }) {
-            return refused(EPERM, "a vector of a kind that its xl configuration switches off");
+            return refused(PhysdevError::NotPermitted, "a vector of a kind that its xl configuration switches off");
         }
         // Xen does not look, and its count of the table's users would be wrong after it.
         let mapped = function.journal.mapped().values();
         if mapped.clone().any(|other| other.is_none() || what.is_none()) {
-            return refused(EBUSY, "MSI and MSI-X at once");
+            return refused(PhysdevError::Busy, "MSI and MSI-X at once");
         }
         if mapped.clone().any(|other| *other == what) {
-            return refused(EEXIST, "an entry of the MSI-X table twice");
+            return refused(PhysdevError::Exists, "an entry of the MSI-X table twice");
         }
         if function.guest.is_none_or(|(known, since)| known != guest || since.elapsed() > FRESH) {
             let recorded = self.store.read(0, &nodes::record(sbdf, "domid")).and_then(|text| text.parse().ok());
             if recorded != Some(u32::from(guest)) {
                 function.guest = None;
-                return refused(EPERM, format!("a vector for domain {guest}, which this tool has not attached it to"));
+                return refused(
+                    PhysdevError::NotPermitted,
+                    format!("a vector for domain {guest}, which this tool has not attached it to"),
+                );
             }
             function.guest = Some((guest, Instant::now()));
         }
         if let Vector::Msix { table_base, .. } = vector {
             let rules = rules(&self.sysfs, sbdf, function)?;
             if rules.table_base() != Some(table_base) {
-                return refused(EINVAL, format!("an MSI-X table at {table_base:#x}, where dom0 knows of none"));
+                return refused(
+                    PhysdevError::Invalid,
+                    format!("an MSI-X table at {table_base:#x}, where dom0 knows of none"),
+                );
             }
         }
         if let Err(error) = function.journal.begin(guest) {
-            return refused(EIO, format!("the journal in {} cannot be written: {error}", self.dir.display()));
+            return refused(
+                PhysdevError::Failed,
+                format!("the journal in {} cannot be written: {error}", self.dir.display()),
+            );
         }
         match self.calls.map(guest, sbdf, vector) {
             Ok(pirq) => {
@@ -330,15 +332,15 @@ impl<'a> Office<'a> {
 
     fn reset(&mut self, sbdf: Sbdf) -> Result<u32, Refusal> {
         self.owned(sbdf)?;
-        let Some(function) = self.functions.get_mut(&sbdf) else { return Err((ENODEV, None)) };
+        let Some(function) = self.functions.get_mut(&sbdf) else { return Err((PhysdevError::NoDevice, None)) };
         if function.reset.is_some() {
-            return Err((EBUSY, None));
+            return Err((PhysdevError::Busy, None));
         }
         if !function.journal.mapped().is_empty() {
-            return refused(EINVAL, "a reset with vectors mapped");
+            return refused(PhysdevError::Invalid, "a reset with vectors mapped");
         }
         if !self.sysfs.has(sbdf, "reset") {
-            return refused(ENOENT, "dom0's kernel has no reset for it");
+            return refused(PhysdevError::NotFound, "dom0's kernel has no reset for it");
         }
         let (sysfs, bus) =
             (self.sysfs.clone(), function.entry.reset == Reset::Bus && self.sysfs.has(sbdf, "reset_method"));
@@ -391,7 +393,7 @@ fn owned(sysfs: &Sysfs, sbdf: Sbdf, function: &mut Function) -> Result<(), Refus
         return Ok(());
     }
     function.claim = None;
-    refused(EBUSY, "dom0 has the function itself")
+    refused(PhysdevError::Busy, "dom0 has the function itself")
 }
 
 fn unmap(calls: &dyn Physdev, function: &mut Function, mapping: Mapping) -> Result<(), i32> {
@@ -407,21 +409,21 @@ fn unmap(calls: &dyn Physdev, function: &mut Function, mapping: Mapping) -> Resu
 
 fn rules<'f>(sysfs: &Sysfs, sbdf: Sbdf, function: &'f mut Function) -> Result<&'f Rules, Refusal> {
     if function.rules.is_none() {
-        let space = sysfs.config_space(sbdf).map_err(|failure| (ENODEV, Some(failure.what)))?;
-        let known = sysfs.function(sbdf).map_err(|failure| (ENODEV, Some(failure.what)))?;
+        let space = sysfs.config_space(sbdf).map_err(|failure| (PhysdevError::NoDevice, Some(failure.what)))?;
+        let known = sysfs.function(sbdf).map_err(|failure| (PhysdevError::NoDevice, Some(failure.what)))?;
         if let Some(refusal) = known.refusal() {
-            return Err((EPERM, Some(refusal.what)));
+            return Err((PhysdevError::NotPermitted, Some(refusal.what)));
         }
         if let Some(id) = function.entry.id.filter(|id| *id != known.id) {
             return refused(
-                ENODEV,
+                PhysdevError::NoDevice,
                 format!("another card is in its place: {}, not {:04x}:{:04x}", known.id_text(), id.0, id.1),
             );
         }
         function.rules = Rules::new(&known, &space);
     }
     // One that does not answer is looked at again with the next request.
-    function.rules.as_ref().ok_or((ENODEV, None))
+    function.rules.as_ref().ok_or((PhysdevError::NoDevice, None))
 }
 
 /// Reads the function's registers through dom0's file, which is opened once.
@@ -431,9 +433,10 @@ fn reader(
     function: &mut Function,
 ) -> Result<impl Fn(u16, Width) -> Option<u32> + use<>, Refusal> {
     if function.space.is_none() {
-        function.space = Some(Rc::new(sysfs.open_config(sbdf).map_err(|failure| (ENODEV, Some(failure.what)))?));
+        function.space =
+            Some(Rc::new(sysfs.open_config(sbdf).map_err(|failure| (PhysdevError::NoDevice, Some(failure.what)))?));
     }
-    let Some(space) = function.space.clone() else { return Err((ENODEV, None)) };
+    let Some(space) = function.space.clone() else { return Err((PhysdevError::NoDevice, None)) };
     Ok(move |at: u16, width: Width| {
         let mut bytes = [0; 4];
         let wanted = bytes.get_mut(..usize::from(width.bytes()))?;
@@ -453,20 +456,25 @@ fn write(
     owned(sysfs, sbdf, function)?;
     let read = reader(sysfs, sbdf, function)?;
     rules(sysfs, sbdf, function)?;
-    let (Some(space), Some(rules)) = (&function.space, &function.rules) else { return Err((ENODEV, None)) };
+    let (Some(space), Some(rules)) = (&function.space, &function.rules) else {
+        return Err((PhysdevError::NoDevice, None));
+    };
     if let Err(why) = rules.judge(offset, width, value, &read) {
-        return refused(EPERM, format!("a write of {value:#x} ({} bytes) to {offset:#x}: {why}", width.bytes()));
+        return refused(
+            PhysdevError::NotPermitted,
+            format!("a write of {value:#x} ({} bytes) to {offset:#x}: {why}", width.bytes()),
+        );
     }
     let bytes = value.to_le_bytes();
     let bytes = bytes.get(..usize::from(width.bytes())).unwrap_or(&bytes);
     match space.write_at(bytes, offset.into()) {
         Ok(written) if written == bytes.len() => Ok(0),
-        Ok(_) => refused(EIO, format!("dom0 cannot write {offset:#x}")),
+        Ok(_) => refused(PhysdevError::Failed, format!("dom0 cannot write {offset:#x}")),
         Err(error) => {
             // The function may have been removed and found again.
             function.space = None;
             function.rules = None;
-            refused(EIO, format!("dom0's kernel refuses a write to {offset:#x}: {error}"))
+            refused(PhysdevError::Failed, format!("dom0's kernel refuses a write to {offset:#x}: {error}"))
         }
     }
 }
@@ -609,13 +617,13 @@ mod tests {
             office
         }
 
-        fn ask(&self, office: &mut Office<'_>, function: &str, operation: Operation) -> Result<u32, u32> {
+        fn ask(&self, office: &mut Office<'_>, function: &str, operation: Operation) -> Result<u32, PhysdevError> {
             self.sequence.set(self.sequence.get() + 1);
             let function = function.parse().unwrap();
             let request = Request { session: 5, sequence: self.sequence.get(), function, operation };
             let answer = office.carry_out(&request.encode()).expect("an answer");
             assert_eq!((answer.session, answer.sequence), (5, self.sequence.get()));
-            if answer.errno == 0 { Ok(answer.value) } else { Err(answer.errno) }
+            if answer.errno == 0 { Ok(answer.value) } else { Err(PhysdevError::of(answer.errno.cast_signed())) }
         }
     }
 
@@ -639,10 +647,10 @@ mod tests {
         let mut office = host.office();
         assert_eq!(host.ask(&mut office, NIC, write(4, 0x0406)), Ok(0));
         assert_eq!(fs::read(host.path(NIC, "config")).unwrap()[4..6], [0x06, 0x04]);
-        assert_eq!(host.ask(&mut office, OTHER, write(4, 0x0406)), Err(EPERM));
+        assert_eq!(host.ask(&mut office, OTHER, write(4, 0x0406)), Err(PhysdevError::NotPermitted));
         assert_eq!(fs::read(host.path(OTHER, "config")).unwrap()[4..6], [0, 0]);
         let moved = Operation::Write { offset: 0x10, width: Width::Dword, value: 0xfee0_0000 };
-        assert_eq!(host.ask(&mut office, NIC, moved), Err(EPERM));
+        assert_eq!(host.ask(&mut office, NIC, moved), Err(PhysdevError::NotPermitted));
         let back = Operation::Write { offset: 0x10, width: Width::Dword, value: BAR as u32 };
         assert_eq!(host.ask(&mut office, NIC, back), Ok(0));
     }
@@ -657,13 +665,17 @@ mod tests {
         for operation in
             [write(4, 6), Operation::Prepare, Operation::Release, Operation::Restore, map(7, 0), Operation::Reset]
         {
-            assert_eq!(host.ask(&mut office, NIC, operation), Err(EBUSY), "{operation:?}");
+            assert_eq!(host.ask(&mut office, NIC, operation), Err(PhysdevError::Busy), "{operation:?}");
         }
         std::os::unix::fs::symlink("../drivers/e1000e", host.path(NIC, "driver")).unwrap();
         fs::write(host.path(NIC, "driver_override"), "pciback-stubdom\n").unwrap();
-        assert_eq!(host.ask(&mut office, NIC, write(4, 6)), Err(EBUSY), "a driver that was there before the name");
+        assert_eq!(
+            host.ask(&mut office, NIC, write(4, 6)),
+            Err(PhysdevError::Busy),
+            "a driver that was there before the name"
+        );
         drop(office);
-        assert_eq!(host.ask(&mut host.office(), NIC, write(4, 6)), Err(EBUSY));
+        assert_eq!(host.ask(&mut host.office(), NIC, write(4, 6)), Err(PhysdevError::Busy));
         assert!(host.fake.calls.borrow().is_empty());
         assert_eq!(fs::read(host.path(NIC, "config")).unwrap()[4], 2);
     }
@@ -673,11 +685,11 @@ mod tests {
         let host = Host::new("map");
         let mut office = host.office();
         for guest in [0, 1, 8, 0x7ff0] {
-            assert_eq!(host.ask(&mut office, NIC, map(guest, 0)), Err(EPERM), "domain {guest}");
+            assert_eq!(host.ask(&mut office, NIC, map(guest, 0)), Err(PhysdevError::NotPermitted), "domain {guest}");
         }
-        assert_eq!(host.ask(&mut office, OTHER, map(7, 0)), Err(EPERM));
+        assert_eq!(host.ask(&mut office, OTHER, map(7, 0)), Err(PhysdevError::NotPermitted));
         let elsewhere = Operation::Map { guest: 7, vector: Vector::Msix { entry: 0, table_base: BAR + 0x1000 } };
-        assert_eq!(host.ask(&mut office, NIC, elsewhere), Err(EINVAL));
+        assert_eq!(host.ask(&mut office, NIC, elsewhere), Err(PhysdevError::Invalid));
         assert!(host.fake.calls.borrow().is_empty());
         assert_eq!(host.ask(&mut office, NIC, map(7, 0)), Ok(55));
         let reads = host.fake.reads.get();
@@ -685,12 +697,12 @@ mod tests {
         assert_eq!(host.fake.reads.get(), reads, "the guest is not looked up for each vector");
         // Another's pirqs, and a guess.
         for (guest, pirq) in [(7, 53), (8, 55), (0, 55)] {
-            assert_eq!(host.ask(&mut office, NIC, Operation::Unmap { guest, pirq }), Err(EINVAL));
+            assert_eq!(host.ask(&mut office, NIC, Operation::Unmap { guest, pirq }), Err(PhysdevError::Invalid));
         }
         assert_eq!(host.ask(&mut office, NIC, Operation::Unmap { guest: 7, pirq: 55 }), Ok(0));
-        assert_eq!(host.ask(&mut office, NIC, Operation::Unmap { guest: 7, pirq: 55 }), Err(EINVAL));
+        assert_eq!(host.ask(&mut office, NIC, Operation::Unmap { guest: 7, pirq: 55 }), Err(PhysdevError::Invalid));
         host.fake.fail.set(Some(28));
-        assert_eq!(host.ask(&mut office, NIC, map(7, 2)), Err(28));
+        assert_eq!(host.ask(&mut office, NIC, map(7, 2)), Err(PhysdevError::NoPirq));
     }
 
     /// Xen trusts dom0 with what follows: it does not look itself.
@@ -703,16 +715,19 @@ mod tests {
         host.still.set(Err(1));
         let before = host.fake.calls.borrow().len();
         for operation in [Operation::Prepare, Operation::Restore] {
-            assert_eq!(host.ask(&mut office, NIC, operation), Err(EIO), "{operation:?}");
+            assert_eq!(host.ask(&mut office, NIC, operation), Err(PhysdevError::Failed), "{operation:?}");
         }
         assert_eq!(host.fake.calls.borrow().len(), before);
         host.still.set(Ok(()));
         // An entry twice, and MSI beside MSI-X.
         assert_eq!(host.ask(&mut office, NIC, map(7, 0)), Ok(55));
-        assert_eq!(host.ask(&mut office, NIC, map(7, 0)), Err(EEXIST));
-        assert_eq!(host.ask(&mut office, NIC, Operation::Map { guest: 7, vector: Vector::Msi }), Err(EBUSY));
+        assert_eq!(host.ask(&mut office, NIC, map(7, 0)), Err(PhysdevError::Exists));
+        assert_eq!(
+            host.ask(&mut office, NIC, Operation::Map { guest: 7, vector: Vector::Msi }),
+            Err(PhysdevError::Busy)
+        );
         // Vectors are written again only where the table can be reached.
-        assert_eq!(host.ask(&mut office, NIC, Operation::Restore), Err(ENXIO));
+        assert_eq!(host.ask(&mut office, NIC, Operation::Restore), Err(PhysdevError::NoMemoryDecode));
         assert_eq!(host.ask(&mut office, NIC, write(4, 2)), Ok(0));
         assert_eq!(host.ask(&mut office, NIC, Operation::Restore), Ok(0));
         // A register that has lost its address, as after a reset.
@@ -720,8 +735,8 @@ mod tests {
         space[0x10..0x14].fill(0);
         fs::write(host.path(NIC, "config"), &space).unwrap();
         let calls = host.fake.calls.borrow().len();
-        assert_eq!(host.ask(&mut office, NIC, Operation::Prepare), Err(EINVAL));
-        assert_eq!(host.ask(&mut office, NIC, Operation::Restore), Err(EINVAL));
+        assert_eq!(host.ask(&mut office, NIC, Operation::Prepare), Err(PhysdevError::Invalid));
+        assert_eq!(host.ask(&mut office, NIC, Operation::Restore), Err(PhysdevError::Invalid));
         assert_eq!(host.fake.calls.borrow().len(), calls);
         // What may be named is bounded by what is mapped.
         for pirq in 0..1000 {
@@ -735,7 +750,7 @@ mod tests {
         fs::write(host.path(NIC, "config"), &space).unwrap();
         let mut office = host.office();
         for operation in [Operation::Prepare, Operation::Release] {
-            assert_eq!(host.ask(&mut office, NIC, operation), Err(ENODEV), "{operation:?}");
+            assert_eq!(host.ask(&mut office, NIC, operation), Err(PhysdevError::NoDevice), "{operation:?}");
         }
         assert_eq!(host.ask(&mut office, NIC, Operation::Restore), Ok(0));
         assert_eq!(*host.fake.calls.borrow(), [format!("restore {NIC}")]);
@@ -752,7 +767,7 @@ mod tests {
             Ok(())
         }));
         for operation in [write(4, 2), Operation::Prepare, Operation::Restore, map(7, 0), Operation::Reset] {
-            assert_eq!(host.ask(&mut office, NIC, operation), Err(EBUSY), "{operation:?}");
+            assert_eq!(host.ask(&mut office, NIC, operation), Err(PhysdevError::Busy), "{operation:?}");
         }
         assert_eq!(host.ask(&mut office, NIC, Operation::ResetDone), Ok(0));
         drop(hold);
@@ -765,7 +780,7 @@ mod tests {
         }
         assert_eq!(fs::read(host.path(NIC, "reset")).unwrap(), b"1");
         assert_eq!(host.ask(&mut office, NIC, map(7, 0)), Ok(55));
-        assert_eq!(host.ask(&mut office, NIC, Operation::Reset), Err(EINVAL), "with vectors mapped");
+        assert_eq!(host.ask(&mut office, NIC, Operation::Reset), Err(PhysdevError::Invalid), "with vectors mapped");
     }
 
     #[test]
