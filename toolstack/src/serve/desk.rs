@@ -10,6 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use pciback::delegate::message::{CHANNEL, REQUEST};
+use pciback::sbdf::Sbdf;
 
 use super::office::Office;
 use crate::domains::Driver;
@@ -34,6 +35,12 @@ pub struct Desk {
     /// Closing it ends the thread; a byte tells it to look for the channel.
     bell: UnixStream,
     thread: JoinHandle<()>,
+    functions: Vec<Sbdf>,
+}
+
+/// The functions of a driver domain.
+fn functions(driver: &Driver) -> Vec<Sbdf> {
+    driver.config.devices.iter().map(|device| device.sbdf).collect()
 }
 
 impl Desk {
@@ -46,19 +53,25 @@ impl Desk {
         bell.set_nonblocking(true)?;
         ring.set_nonblocking(true)?;
         let (driver, sysfs) = (driver.clone(), sysfs.clone());
+        let functions = functions(&driver);
         let body = move || {
             if let Err(failure) = run(&driver, sysfs, dir, libdir.as_deref(), &ring) {
                 eprintln!("driver domain {:?} is not served: {failure}", driver.name);
             }
         };
         let thread = std::thread::Builder::new().name("desk".into()).stack_size(256 << 10).spawn(body)?;
-        Ok(Desk { bell, thread })
+        Ok(Desk { bell, thread, functions })
     }
 
     /// The driver domain may have announced its channel.
     pub fn ring(&self) {
         // A full socket rings as well.
         let _ = std::io::Write::write(&mut &self.bell, &[1]);
+    }
+
+    /// Whether it is for the functions that `driver` has now.
+    pub fn serves(&self, driver: &Driver) -> bool {
+        self.functions == functions(driver)
     }
 
     /// Whether it still works.

@@ -366,10 +366,19 @@ impl Serve<'_> {
             }
         }
         // What guests have from before is settled now: a new driver domain may have the functions.
-        let newcomers = served(&self.drivers, &view);
-        for driver in newcomers {
+        // One that is not to write has nothing to ask for.
+        let asking = owners(&self.drivers, &view.domains).into_iter();
+        for driver in asking.filter(|driver| driver.config.mode != Mode::ReadOnly) {
             let ready = !driver.config.devices.iter().any(|device| held_up.contains(&device.sbdf));
             self.desks.retain(|_, desk| desk.is_open());
+            // One that was another's until now is its own.
+            if let Some(former) = self.desks.remove(&driver.domid) {
+                if former.serves(&driver) {
+                    self.desks.insert(driver.domid, former);
+                } else {
+                    former.close();
+                }
+            }
             if ready && !self.desks.contains_key(&driver.domid) {
                 for device in
                     self.drivers.iter().filter(|all| all.domid == driver.domid).flat_map(|all| &all.config.devices)
@@ -438,12 +447,12 @@ impl Serve<'_> {
                 released: number(sbdf, "released"),
             }
         };
-        let running = self.drivers.iter().filter(|driver| domains.contains_key(&driver.domid));
-        let servers: Vec<Server> = running
+        let servers: Vec<Server> = owners(&self.drivers, &domains)
+            .into_iter()
             .map(|driver| Server {
                 mode: told(store, &format!("/local/domain/{}/data/pciback/mode", driver.domid)).unwrap_or_default(),
                 functions: driver.config.devices.iter().map(|d| (d.sbdf, known(driver.domid, d.sbdf))).collect(),
-                driver: driver.clone(),
+                driver,
             })
             .collect();
         let records = store.list(0, nodes::RECORDS).into_iter().filter_map(|folder| nodes::of_folder(&folder));
@@ -575,14 +584,13 @@ impl Serve<'_> {
     }
 }
 
-/// The driver domains that run and may ask for something, each with the functions that no other has before it: a
-/// function has one owner, and it is the elder. One that is not to write has nothing to ask for.
-fn served(drivers: &[Driver], view: &View) -> Vec<Driver> {
+/// The driver domains that run, each with the functions that no other has before it: a function has one owner, and it
+/// is the elder.
+fn owners(drivers: &[Driver], domains: &BTreeMap<u32, String>) -> Vec<Driver> {
     let mut taken = BTreeSet::new();
     let mut running: Vec<Driver> =
-        drivers.iter().filter(|driver| view.domains.contains_key(&driver.domid)).cloned().collect();
+        drivers.iter().filter(|driver| domains.contains_key(&driver.domid)).cloned().collect();
     running.sort_by_key(|driver| driver.domid);
-    running.retain(|driver| driver.config.mode != Mode::ReadOnly);
     for driver in &mut running {
         driver.config.devices.retain(|device| taken.insert(device.sbdf));
     }
@@ -608,5 +616,26 @@ fn work(libdir: Option<&str>, sysfs: &Sysfs, guest: u32, sbdf: Sbdf, job: Job) -
             let _ = xen.remove(0, &nodes::record(sbdf, "released"));
             Ok(done)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_function_that_two_driver_domains_list_belongs_to_the_elder_that_runs() {
+        let driver = |domid, names: &str| {
+            let (config, _) = pciback::cmdline::parse(&format!("ecam=0000:00-ff@b0000000 {names}"));
+            Driver { domid, name: format!("p{domid}"), config }
+        };
+        let drivers = [driver(9, "dev=0000:01:00.0 dev=0000:02:00.0"), driver(4, "mode=read-only dev=0000:01:00.0")];
+        let own = |running: &[u32]| -> Vec<(u32, Vec<String>)> {
+            let domains = running.iter().map(|domid| (*domid, String::new())).collect();
+            let names = |driver: Driver| driver.config.devices.iter().map(|device| device.sbdf.to_string()).collect();
+            owners(&drivers, &domains).into_iter().map(|driver| (driver.domid, names(driver))).collect()
+        };
+        assert_eq!(own(&[4, 9]), [(4, vec!["0000:01:00.0".into()]), (9, vec!["0000:02:00.0".into()])]);
+        assert_eq!(own(&[9]), [(9, vec!["0000:01:00.0".into(), "0000:02:00.0".into()])]);
     }
 }
