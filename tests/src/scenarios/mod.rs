@@ -30,6 +30,7 @@ pub(crate) mod stale_maskall;
 mod store_load;
 mod tool_errors;
 mod tool_reads;
+mod two_drivers;
 mod two_functions;
 mod two_guests;
 mod usb;
@@ -103,7 +104,7 @@ const EVERYWHERE: &[Boot] = &Boot::ALL;
 const DELEGATED: &[Boot] = &[Boot::Plain];
 
 /// All of them.
-pub const ALL: [Scenario; 31] = [
+pub const ALL: [Scenario; 32] = [
     scenario("nvme", STOCK, "a guest reads and writes an NVMe drive, with interrupts", nvme::run),
     scenario("nic", STOCK, "a guest uses a network card", nic::run),
     scenario("two-guests", STOCK, "two guests use a device each at once", two_guests::run),
@@ -144,6 +145,7 @@ pub const ALL: [Scenario; 31] = [
         "a driver domain that was taken over gets nothing that is not its own",
         hostile_driver::run,
     ),
+    scenario("two-drivers", STOCK, "a drive that two driver domains list has one owner", two_drivers::run),
     scenario("saved", STOCK, "a guest is saved with a drive", saved::run),
     scenario("store-load", STOCK, "all works while xenstored is busy for others", store_load::run),
     scenario("alone", &[Boot::Writable], "with mmcfg=0 a drive works without dom0's service, too", alone::run),
