@@ -187,3 +187,33 @@ fn without_xen_it_says_so() {
         assert!(code == 1 && err.contains("not running under Xen as dom0"), "{args:?}: {err}");
     }
 }
+
+/// What starts the service on a host: a wrong word there would only show on that host.
+#[test]
+fn the_service_files_start_what_there_is() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("service");
+    let [unit, script] = ["xl-pciback.service", "xl-pciback.openrc"].map(|name| folder.join(name));
+    let text = fs::read_to_string(&unit).unwrap();
+    let start = text.lines().find_map(|line| line.strip_prefix("ExecStart=")).expect("a command");
+    let (program, words) = start.split_once(' ').expect("words");
+    let script_text = fs::read_to_string(&script).unwrap();
+    for line in [format!("command=\"{program}\""), format!("command_args=\"{words}\"")] {
+        assert!(script_text.lines().any(|other| other == line), "the OpenRC script has no line {line}");
+    }
+    let machine = Machine::new("service", "");
+    let (code, said, _) = machine.run(&[words, "--help"]);
+    assert!(code == 0 && said.contains("serve"), "{words} --help: {code}, {said}");
+    let parsed = Command::new("sh").arg("-n").arg(&script).output().unwrap();
+    assert!(parsed.status.success(), "{parsed:?}");
+
+    let checked = machine.file("xl-pciback.service", &text.replace(program, env!("CARGO_BIN_EXE_xl-pciback")));
+    match Command::new("systemd-analyze").args(["verify", &checked]).output() {
+        Ok(verdict) => {
+            let said = String::from_utf8_lossy(&verdict.stderr).into_owned();
+            // It tells of other units of this machine, too, and of a host without systemd.
+            let about: Vec<&str> = said.lines().filter(|line| line.contains("xl-pciback")).collect();
+            assert!(about.is_empty(), "systemd-analyze verify: {about:?}");
+        }
+        Err(_) => println!("systemd-analyze is not there: the unit is not verified"),
+    }
+}
