@@ -38,8 +38,10 @@ const PANIC: &str = "Kernel panic";
 pub const BREAKPOINT: &str = "int3: 0000 [#";
 
 /// What Xen says of a domain that faults while a fault is being delivered. Under QEMU 7.2's emulation it comes without a
-/// fault of the domain's: seen twice in some thousand starts of guests, once in a probe of a few instructions that only read
-/// the time stamp counter, and once in the driver domain right behind the hypercall it sleeps in.
+/// fault of the domain's, at an exit from the domain: seen right behind the hypercall it sleeps in, behind a time stamp
+/// counter that Xen emulates (also in a probe of a few instructions that only read it), and once with Xen's own instruction
+/// pointer, stack and page tables in the domain's saved state. The more exits, the more often: about once in some hundred
+/// thousand.
 pub const TRIPLE_FAULT: &str = "Triple fault";
 
 /// Why a scenario ended early.

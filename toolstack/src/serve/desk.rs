@@ -163,6 +163,8 @@ fn serve(office: &mut Office<'_>, channel: &Channel, driver: &Driver, ring: &Uni
     eprintln!("xl-pciback: driver domain {:?} (domain {}): connected", driver.name, driver.domid);
     let fds = [channel.fd(), ring.as_raw_fd()];
     let mut request = [0; REQUEST];
+    // An event is taken behind the request it came with: the guest waits for that.
+    let mut event = false;
     loop {
         let mut served = 0;
         while served < TURN && channel.receive(&mut request) {
@@ -171,12 +173,17 @@ fn serve(office: &mut Office<'_>, channel: &Channel, driver: &Driver, ring: &Uni
                 channel.send(&answer.encode());
             }
         }
+        if std::mem::take(&mut event) {
+            channel.take_event();
+            // What came before that brings no event.
+            if served < TURN && channel.has_data() {
+                continue;
+            }
+        }
         // A look that costs nothing where the turn was cut short.
         let timeout = (served == TURN).then_some(Duration::ZERO);
         let ready = wait_readable(&fds, timeout);
-        if ready.first() == Some(&true) {
-            channel.take_event();
-        }
+        event = ready.first() == Some(&true);
         if ready.get(1) == Some(&true) && listen(ring) == Bell::Stop {
             return Bell::Stop;
         }
