@@ -131,7 +131,7 @@ fn qemu(base: &Base, options: &Options) -> Command {
     let show = |name: &str| dir.join(name).to_string_lossy().replace(',', ",,");
     // setpriv asks the kernel to end QEMU with this program, however that ends; Drop alone does not see a signal.
     let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
+    command.args(["--pdeathsig", "KILL", "--"]).arg(&base.qemu);
     command.args(["-machine", "q35,kernel-irqchip=split", "-accel", "tcg,thread=multi"]);
     // svm, npt: PVH domains need them. xsaves: the emulated sizes disagree. smap, smep: QEMU before 9.1 does a PV kernel's
     // iret with kernel rights. monitor: Xen would idle with mwait and die. rdtscp: its exits cannot be decoded.

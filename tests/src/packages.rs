@@ -135,9 +135,21 @@ const MODULES: [&str; 29] = [
 /// Changes when what is made of the packages changes, so that an old cache is made anew.
 const LAYOUT: &str = "4";
 
+/// The release whose QEMU runs the machines: that of the host may be an older one.
+const EMULATOR: Release = Release::Trixie;
+
+/// QEMU of [`EMULATOR`] with all it needs; `@R@` is where. Its own loader lets it run beside other libraries.
+const EMULATOR_SCRIPT: &str = r#"#!/bin/sh
+R='@R@'
+exec "$R/usr/lib64/ld-linux-x86-64.so.2" --library-path "$R/usr/lib/x86_64-linux-gnu" "$R/usr/bin/qemu-system-x86_64" \
+  -L "$R/usr/share/qemu" -L "$R/usr/share/seabios" "$@"
+"#;
+
 /// The unpacked packages of a release.
 #[derive(Debug, Clone)]
 pub struct Base {
+    /// The emulator.
+    pub qemu: PathBuf,
     /// The release.
     pub release: Release,
     /// Xen, an ELF file.
@@ -291,6 +303,18 @@ impl Apt {
         Ok(String::from_utf8_lossy(&out).into_owned())
     }
 
+    /// Downloads a package and all that it needs, as if nothing were installed.
+    fn download_whole(&self, package: &str, into: &Path) -> Result<()> {
+        make_dir(into.join("partial"))?;
+        let mut command = self.command("apt-get");
+        for option in ["Dir::State::Status=/dev/null", "Debug::NoLocking=1"] {
+            command.args(["-o", option]);
+        }
+        command.arg("-o").arg(format!("Dir::Cache::Archives={}/", into.display()));
+        command.args(["install", "--yes", "--no-install-recommends", "--download-only", package]);
+        run(&mut command).map(drop)
+    }
+
     fn download(&self, packages: &[String], into: &Path) -> Result<()> {
         make_dir(into)?;
         run(self.command("apt-get").arg("download").args(packages).current_dir(into)).map(drop)
@@ -345,6 +369,7 @@ pub fn base(release: Release) -> Result<Base> {
         assemble(release, &cache.join("debs"), dir)
     })?;
     Ok(Base {
+        qemu: emulator()?,
         release,
         xen: tree.join("xen"),
         linux: tree.join("linux"),
@@ -352,6 +377,27 @@ pub fn base(release: Release) -> Result<Base> {
         modules: tree.join("modules"),
         dom0: tree.join("dom0"),
     })
+}
+
+/// Fetches and unpacks the emulator, unless the cache has it.
+fn emulator() -> Result<PathBuf> {
+    let cache = cache()?.join("emulator");
+    let tree = cache.join("tree");
+    once(&tree, EMULATOR_SCRIPT, |dir| {
+        say(format!("fetching QEMU of {}", EMULATOR.name()));
+        let apt = Apt::new(EMULATOR, &cache.join("apt"), Kind::Binary)?;
+        apt.update()?;
+        let packed = dir.join("debs");
+        apt.download_whole("qemu-system-x86", &packed)?;
+        for deb in debs(&packed)? {
+            unpack(&deb, dir)?;
+        }
+        remove_tree(packed)?;
+        let script = dir.join("qemu");
+        write(&script, EMULATOR_SCRIPT.replace("@R@", &dir.to_string_lossy().replace('\'', r"'\''")))?;
+        run(Command::new("chmod").arg("755").arg(&script)).map(drop)
+    })?;
+    Ok(tree.join("qemu"))
 }
 
 fn find_file(dir: &Path, matches: &dyn Fn(&str) -> bool) -> Option<PathBuf> {

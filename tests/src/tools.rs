@@ -155,8 +155,7 @@ pub fn on_path(name: &str) -> bool {
 }
 
 /// Programs and files the rig needs on the host, and the Debian package each is in.
-const NEEDED: [(&str, &str); 9] = [
-    ("qemu-system-x86_64", "qemu-system-x86"),
+const NEEDED: [(&str, &str); 8] = [
     ("busybox", "busybox-static"),
     ("setpriv", "util-linux"),
     ("flock", "util-linux"),
