@@ -4,6 +4,7 @@
 
 use crate::check;
 use crate::dom0::{DRIVER, Guest, NVME, Outcome, Rig, device_node};
+use crate::scenarios::Boot;
 
 /// The guest has its drive, and the driver domain says so.
 fn has_drive(rig: &mut Rig, name: &str) -> Outcome {
@@ -48,6 +49,14 @@ fn keeps(rig: &mut Rig) -> Outcome {
     rig.must(&format!("xl destroy {DRIVER}"))?;
     rig.check_disk("g1", 8, 8)?;
     rig.start_driver()?;
+    if rig.boot == Boot::Changed {
+        // Only the one that has gone knew which vectors it had mapped: they stay until the guest has ended.
+        rig.wait_device(NVME, "broken")?;
+        let reason = rig.published(&device_node(NVME, "reason"))?;
+        check!(reason.contains("vectors of a guest are still mapped"), "the reason is {reason:?}");
+        rig.must("xl destroy g1; rm -f /var/log/xen/guest-g1.log")?;
+        rig.create_and_wait(Guest::named("g1"))?;
+    }
     has_drive(rig, "g1")?;
 
     // By hand.
