@@ -340,6 +340,15 @@ impl Rig {
         self.must(&format!("xl-pciback attach {guest} {bdf}")).map(drop)
     }
 
+    /// Creates a guest that has the NVMe drive from its start, and waits until both are there.
+    pub fn create_with_drive(&mut self, name: &str) -> Outcome<u32> {
+        let domid = self.create(Guest::named(name))?;
+        self.attach(name, NVME)?;
+        self.wait_up(name, 1)?;
+        self.wait_disk(name)?;
+        Ok(domid)
+    }
+
     /// Waits for the guest's drive.
     pub fn wait_disk(&mut self, guest: &str) -> Outcome {
         self.guest_wait(guest, "its NVMe drive", 60, "[ -b /dev/nvme0n1 ]")

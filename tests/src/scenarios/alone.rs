@@ -2,14 +2,11 @@
 //! line; the next one, once the service is there, with MSI-X.
 
 use crate::check;
-use crate::dom0::{DRIVER, Guest, NVME, Outcome, Rig};
+use crate::dom0::{DRIVER, NVME, Outcome, Rig};
 
 /// A guest reads the drive, whose interrupts come with MSI-X or by the line.
 fn uses_drive(rig: &mut Rig, name: &str, msix: bool) -> Outcome {
-    rig.create(Guest::named(name))?;
-    rig.attach(name, NVME)?;
-    rig.wait_up(name, 1)?;
-    rig.wait_disk(name)?;
+    rig.create_with_drive(name)?;
     rig.check_disk(name, 0, 16)?;
     let lines = rig.interrupt_lines(name, "nvme0q")?;
     check!(

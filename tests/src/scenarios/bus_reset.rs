@@ -2,7 +2,7 @@
 //! comes back switched off, and the next guest uses it.
 
 use crate::check;
-use crate::dom0::{DRIVER, Guest, NVME, Outcome, Rig, Stop, device_node};
+use crate::dom0::{DRIVER, NVME, Outcome, Rig, Stop, device_node};
 
 /// The drive's register CC as dom0 reads it (NVM Express base 1.4, 3.1.5). Bit 0: a driver has switched it on.
 fn configuration(rig: &mut Rig) -> Outcome<u32> {
@@ -29,10 +29,7 @@ fn resets(rig: &mut Rig) -> Outcome {
     let method = rig.published(&device_node(NVME, "reset"))?;
     check!(method == "bus", "its reset is published as {method:?}");
     for name in ["g1", "g2"] {
-        rig.create(Guest::named(name))?;
-        rig.attach(name, NVME)?;
-        rig.wait_up(name, 1)?;
-        rig.wait_disk(name)?;
+        rig.create_with_drive(name)?;
         rig.check_disk(name, 0, 16)?;
         rig.must(&format!("xl destroy {name}"))?;
         rig.wait_device(NVME, "ready")?;

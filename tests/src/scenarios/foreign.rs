@@ -2,7 +2,7 @@
 //! what is its own.
 
 use crate::check;
-use crate::dom0::{DRIVER, Guest, NVME, Outcome, Rig, SPARE, device_node};
+use crate::dom0::{DRIVER, Outcome, Rig, SPARE, device_node};
 
 pub(super) fn run(rig: &mut Rig) -> Outcome {
     rig.must(&format!(
@@ -15,10 +15,7 @@ pub(super) fn run(rig: &mut Rig) -> Outcome {
         check!(reason.contains("-EPERM") && reason.contains("iomem="), "the reason is {reason:?}");
         let status = rig.must(&format!("xl-pciback status {SPARE}"))?;
         check!(status.contains("-EPERM"), "status does not show it:\n{status}");
-        rig.create(Guest::named("g1"))?;
-        rig.attach("g1", NVME)?;
-        rig.wait_up("g1", 1)?;
-        rig.wait_disk("g1")?;
+        rig.create_with_drive("g1")?;
         rig.check_disk("g1", 0, 8)
     });
     rig.run(&format!("xl destroy g1; xl destroy {DRIVER}; cp /tmp/good.cfg /tmp/{DRIVER}.cfg"))?;

@@ -3,15 +3,12 @@
 //! guest of another driver domain reads its drive meanwhile and notices nothing.
 
 use crate::check;
-use crate::dom0::{DRIVER, Guest, NVME, Outcome, Rig, SPARE};
+use crate::dom0::{DRIVER, Outcome, Rig, SPARE};
 
 const HOSTILE: &str = "hostile0";
 
 pub(super) fn run(rig: &mut Rig) -> Outcome {
-    rig.create(Guest::named("g1"))?;
-    rig.attach("g1", NVME)?;
-    rig.wait_up("g1", 1)?;
-    rig.wait_disk("g1")?;
+    rig.create_with_drive("g1")?;
     rig.guest("g1", "(while rig-agent sum /dev/nvme0n1 0 8; do :; done) >/tmp/sums 2>&1 & echo $! >/tmp/reader")?;
     rig.must(&format!(
         "xl-pciback assignable-add {SPARE}; xl-pciback config --name {HOSTILE} --kernel /usr/lib/xen/boot/pciback-hostile \

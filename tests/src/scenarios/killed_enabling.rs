@@ -2,7 +2,7 @@
 //! unmapped, is destroyed in the middle of it, again and again. The drive comes back each time, and nothing leaks.
 
 use crate::check;
-use crate::dom0::{Guest, NVME, Outcome, Rig};
+use crate::dom0::{NVME, Outcome, Rig};
 
 /// Binds and unbinds the drive's driver for ever.
 pub(crate) const REBIND: &str = "cd /sys/bus/pci/drivers/nvme; d=$(echo 0000:*); \
@@ -16,10 +16,7 @@ pub(super) fn run(rig: &mut Rig) -> Outcome {
     let before = rig.guest_irqs()?;
     for guest in 1..=GUESTS {
         let name = format!("g{guest}");
-        rig.create(Guest::named(&name))?;
-        rig.attach(&name, NVME)?;
-        rig.wait_up(&name, 1)?;
-        rig.wait_disk(&name)?;
+        rig.create_with_drive(&name)?;
         rig.guest(&name, REBIND)?;
         // Somewhere in it: each round takes a good part of a second here.
         rig.run(&format!("usleep {}", 500_000 + 170_000 * guest))?;
@@ -29,10 +26,7 @@ pub(super) fn run(rig: &mut Rig) -> Outcome {
     rig.wait("Xen to be done with the guests", 30, NO_GUESTS)?;
     let after = rig.guest_irqs()?;
     check!(before.len() == after.len(), "Xen's interrupts of messages before:\n{before:#?}\nand after:\n{after:#?}");
-    rig.create(Guest::named("g9"))?;
-    rig.attach("g9", NVME)?;
-    rig.wait_up("g9", 1)?;
-    rig.wait_disk("g9")?;
+    rig.create_with_drive("g9")?;
     let lines = rig.interrupt_lines("g9", "nvme0q")?;
     check!(lines.len() == 3 && lines.iter().all(|line| line.kind.contains("msi-x")), "the next guest has {lines:?}");
     rig.check_disk("g9", 0, 16)

@@ -1,14 +1,11 @@
 //! The driver domain ends cleanly by `xl shutdown`, comes back by `xl reboot`, survives `xl destroy`, and serves each time.
 
 use crate::check;
-use crate::dom0::{DRIVER, Guest, NVME, Outcome, Rig};
+use crate::dom0::{DRIVER, NVME, Outcome, Rig};
 
 fn serves(rig: &mut Rig, name: &str) -> Outcome {
     rig.wait_device(NVME, "ready")?;
-    rig.create(Guest::named(name))?;
-    rig.attach(name, NVME)?;
-    rig.wait_up(name, 1)?;
-    rig.wait_disk(name)?;
+    rig.create_with_drive(name)?;
     rig.check_disk(name, 0, 8)?;
     rig.must(&format!("xl destroy {name}"))?;
     rig.wait_device(NVME, "ready")

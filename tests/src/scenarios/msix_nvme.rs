@@ -2,7 +2,7 @@
 //! queues' interrupts come while that processor reads.
 
 use crate::check;
-use crate::dom0::{Guest, Interrupt, NVME, Outcome, Rig, device_node};
+use crate::dom0::{Interrupt, NVME, Outcome, Rig, device_node};
 
 /// The drive's interrupts, in the order of its queues.
 fn queues(rig: &mut Rig) -> Outcome<Vec<Interrupt>> {
@@ -14,10 +14,7 @@ fn queues(rig: &mut Rig) -> Outcome<Vec<Interrupt>> {
 pub(super) fn run(rig: &mut Rig) -> Outcome {
     let mode = rig.published("mode")?;
     check!(mode == rig.boot.mode(), "mode is {mode:?}: {}", rig.published("mode-why")?);
-    rig.create(Guest::named("g1"))?;
-    rig.attach("g1", NVME)?;
-    rig.wait_up("g1", 1)?;
-    rig.wait_disk("g1")?;
+    rig.create_with_drive("g1")?;
     let before = queues(rig)?;
     let names: Vec<&str> = before.iter().map(|line| line.name.as_str()).collect();
     check!(names == ["nvme0q0", "nvme0q1", "nvme0q2"], "the drive's interrupts are {before:?}");

@@ -1,14 +1,11 @@
 //! A guest uses an NVMe drive: what it reads is what the image holds, what it writes arrives, interrupts come.
 
 use crate::check;
-use crate::dom0::{Guest, NVME, Outcome, Rig};
+use crate::dom0::{NVME, Outcome, Rig};
 use crate::machine::pattern_sum;
 
 pub(super) fn run(rig: &mut Rig) -> Outcome {
-    rig.create(Guest::named("g1"))?;
-    rig.attach("g1", NVME)?;
-    rig.wait_up("g1", 1)?;
-    rig.wait_disk("g1")?;
+    rig.create_with_drive("g1")?;
     rig.wait_device(NVME, "in-use")?;
     let before = rig.interrupts("g1", "nvme")?;
     rig.check_disk("g1", 0, 64)?;

@@ -3,7 +3,7 @@
 //! processor and little memory.
 
 use crate::check;
-use crate::dom0::{Guest, NIC, NVME, Outcome, Rig};
+use crate::dom0::{NIC, Outcome, Rig};
 
 /// Sets the drive's cache line size, which the hardware keeps, and reads it back.
 fn set_cache_line(rig: &mut Rig, value: u8) -> Outcome<String> {
@@ -24,10 +24,7 @@ fn connected(rig: &mut Rig, yes: bool) -> Outcome {
 }
 
 pub(super) fn run(rig: &mut Rig) -> Outcome {
-    rig.create(Guest::named("g1"))?;
-    rig.attach("g1", NVME)?;
-    rig.wait_up("g1", 1)?;
-    rig.wait_disk("g1")?;
+    rig.create_with_drive("g1")?;
     check!(set_cache_line(rig, 8)? == "8", "the cache line size does not take 8");
     rig.guest("g1", "(while rig-agent sum /dev/nvme0n1 0 8; do :; done) >/tmp/sums 2>&1 & echo $! >/tmp/reader")?;
     for (signal, value) in [("KILL", 16), ("TERM", 32)] {

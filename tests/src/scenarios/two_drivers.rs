@@ -7,10 +7,7 @@ use crate::dom0::{DRIVER, Guest, NVME, Outcome, Rig};
 const YOUNGER: &str = "pciback1";
 
 pub(super) fn run(rig: &mut Rig) -> Outcome {
-    rig.create(Guest::named("g1"))?;
-    rig.attach("g1", NVME)?;
-    rig.wait_up("g1", 1)?;
-    rig.wait_disk("g1")?;
+    rig.create_with_drive("g1")?;
     rig.guest("g1", "(while rig-agent sum /dev/nvme0n1 0 8; do :; done) >/tmp/sums 2>&1 & echo $! >/tmp/reader")?;
     rig.must(&format!(
         "xl-pciback config --name {YOUNGER} --guest g2 {NVME} > /tmp/{YOUNGER}.cfg; xl create -q /tmp/{YOUNGER}.cfg"
