@@ -144,7 +144,8 @@ fn qemu(base: &Base, options: &Options) -> Command {
         command.arg("-serial").arg(format!("file:{}", show(CONSOLE)));
         command.args(["-chardev", "stdio,id=control,signal=off", "-serial", "chardev:control"]);
     }
-    command.args(["-device", "intel-iommu,intremap=on", "-device", "pcie-root-port,id=rp1,slot=1,chassis=1"]);
+    // x-speed: behind a quicker port Linux waits, after a reset of the bus, for a bit that QEMU does not set again.
+    command.args(["-device", "intel-iommu,intremap=on", "-device", "pcie-root-port,id=rp1,slot=1,chassis=1,x-speed=5"]);
     command.arg("-drive").arg(format!("if=none,id=nv,format=raw,file={}", show("nvme.img")));
     command.args(["-device", "nvme,drive=nv,serial=rig,bus=rp1"]);
     command.args(["-netdev", "user,id=net0", "-device", "e1000e,netdev=net0,bus=pcie.0,addr=5"]);

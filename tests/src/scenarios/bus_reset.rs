@@ -33,6 +33,11 @@ fn resets(rig: &mut Rig) -> Outcome {
         rig.check_disk(name, 0, 16)?;
         rig.must(&format!("xl destroy {name}"))?;
         rig.wait_device(NVME, "ready")?;
+        let (log, said) = (rig.driver_log()?, rig.run("dmesg | tail -n 12")?);
+        check!(
+            !log.contains(&format!("{NVME}: dom0 does not reset it")),
+            "dom0 does not reset it; its kernel said last\n{said}"
+        );
         let left = configuration(rig)?;
         check!(left & 1 == 0, "after its reset the drive is still on: CC is {left:#x}");
     }
