@@ -138,9 +138,9 @@ const LAYOUT: &str = "4";
 /// The release whose QEMU runs the machines: that of the host may be an older one.
 const EMULATOR: Release = Release::Trixie;
 
-/// QEMU of [`EMULATOR`] with all it needs; `@R@` is where. Its own loader lets it run beside other libraries.
+/// Starts QEMU of [`EMULATOR`] from the folder it was unpacked to. Its own loader lets it run beside other libraries.
 const EMULATOR_SCRIPT: &str = r#"#!/bin/sh
-R='@R@'
+R=${0%/*}
 exec "$R/usr/lib64/ld-linux-x86-64.so.2" --library-path "$R/usr/lib/x86_64-linux-gnu" "$R/usr/bin/qemu-system-x86_64" \
   -L "$R/usr/share/qemu" -L "$R/usr/share/seabios" "$@"
 "#;
@@ -394,7 +394,7 @@ fn emulator() -> Result<PathBuf> {
         }
         remove_tree(packed)?;
         let script = dir.join("qemu");
-        write(&script, EMULATOR_SCRIPT.replace("@R@", &dir.to_string_lossy().replace('\'', r"'\''")))?;
+        write(&script, EMULATOR_SCRIPT)?;
         run(Command::new("chmod").arg("755").arg(&script)).map(drop)
     })?;
     Ok(tree.join("qemu"))

@@ -175,7 +175,7 @@ const WITH_MMCFG_OFF: [&str; 12] = [
 const LONG: [&str; 1] = ["fifty-reboots"];
 
 /// What one release is enough for in the test: nothing in it is another on the newer one.
-const ONCE: [&str; 3] = ["command-line", "tool-errors", "reboots"];
+const ONCE: [&str; 2] = ["command-line", "reboots"];
 
 impl Scenario {
     /// Whether `cargo xtask test` runs it there.

@@ -29,11 +29,9 @@ pub(super) fn run(rig: &mut Rig) -> Outcome {
         rig.start_serve()?;
     }
     let kept = rig.start_driver().and_then(|()| keeps(rig));
-    if !rig.boot.has_serve() {
-        rig.stop_serve("TERM")?;
-    }
     rig.run(&format!("xl destroy {DRIVER}; cp /tmp/good.cfg /tmp/{DRIVER}.cfg"))?;
-    kept
+    // What went wrong first is what is told.
+    kept.and(if rig.boot.has_serve() { Ok(()) } else { rig.stop_serve("TERM") })
 }
 
 fn keeps(rig: &mut Rig) -> Outcome {

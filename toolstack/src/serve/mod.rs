@@ -372,12 +372,9 @@ impl Serve<'_> {
             let ready = !driver.config.devices.iter().any(|device| held_up.contains(&device.sbdf));
             self.desks.retain(|_, desk| desk.is_open());
             // One that was another's until now is its own.
-            if let Some(former) = self.desks.remove(&driver.domid) {
-                if former.serves(&driver) {
-                    self.desks.insert(driver.domid, former);
-                } else {
-                    former.close();
-                }
+            let outdated = self.desks.get(&driver.domid).is_some_and(|desk| !desk.serves(&driver));
+            if outdated && let Some(former) = self.desks.remove(&driver.domid) {
+                former.close();
             }
             if ready && !self.desks.contains_key(&driver.domid) {
                 for device in
