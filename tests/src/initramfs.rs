@@ -33,13 +33,17 @@ const GUEST_INIT: &str = r#"#!/bin/busybox sh
 export PATH=/bin
 /bin/busybox --install -s /bin
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
-words() { tr ' ' '\n' </proc/cmdline | sed -n "s/^$1//p"; }
+read -r line </proc/cmdline
+# The words that begin with $1, without it, in $found; a process for each would take longer than the module.
+words() { found=; for word in $line; do case $word in $1*) found="$found ${word#$1}";; esac; done; }
 dif="crct10dif_common crc-t10dif crc64 crc64-rocksoft t10-pi"
 nvme="$dif nvme-keyring nvme-auth nvme-core nvme"
 disks="$dif scsi_common scsi_mod sd_mod usb-common usbcore usb-storage xhci-hcd xhci-pci-renesas xhci-pci libata libahci ahci"
-case $(words rig.drivers=) in nvme) list=$nvme;; e1000e) list=e1000e;; disks) list=$disks;; *) list="$nvme e1000e $disks";; esac
+words rig.drivers=
+case ${found# } in nvme) list=$nvme;; e1000e) list=e1000e;; disks) list=$disks;; *) list="$nvme e1000e $disks";; esac
 for m in $list xen-pcifront; do
-  [ -e /modules/$m.ko ] && insmod /modules/$m.ko $(words $m\\.)
+  words $m.
+  [ -e /modules/$m.ko ] && insmod /modules/$m.ko $found
 done
 dmesg -n 1
 stty -F /dev/hvc0 raw -echo

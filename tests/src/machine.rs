@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rig_agent::{CODE_TIMEOUT, MIB, Pattern, READY, Reply, Request, Sum};
 
@@ -154,8 +154,9 @@ fn qemu(base: &Base, options: &Options) -> Command {
     command.args(["-device", "qemu-xhci,id=xhci,bus=pcie.0,addr=7", "-device", "usb-storage,bus=xhci.0,drive=stick"]);
     command.arg("-drive").arg(format!("if=none,id=sata,format=raw,file={}", show("sata.img")));
     command.args(["-device", "ich9-ahci,id=ahci,bus=pcie.0,addr=8", "-device", "ide-hd,bus=ahci.0,drive=sata"]);
+    // noreplace-smp: the emulator translates code anew that is changed while it runs.
     command.arg("-kernel").arg(&base.xen).arg("-initrd").arg(format!(
-        "{} console=hvc0 nokaslr loglevel=4,{}",
+        "{} console=hvc0 nokaslr noreplace-smp loglevel=4,{}",
         base.linux.to_string_lossy().replace(',', ",,"),
         show("dom0.img")
     ));
@@ -258,6 +259,7 @@ impl Machine {
         let _ = self.expect.send(self.seq);
         let request = Request { seq: self.seq, seconds, script: script.as_bytes().to_vec() };
         self.trace(&format!("# {script}\n"));
+        let start = Instant::now();
         if let Err(error) = request.write(&mut self.commands) {
             self.closed = true;
             return Err(self.gone(&error.to_string()));
@@ -271,9 +273,7 @@ impl Machine {
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return Err(self.gone("no answer")),
         };
         let mut text = reply.output.clone();
-        if reply.code != 0 {
-            let _ = writeln!(text, "(exit code {})", reply.code);
-        }
+        let _ = writeln!(text, "(exit code {}, {:.1} s)", reply.code, start.elapsed().as_secs_f64());
         self.trace(&String::from_utf8_lossy(&text));
         Ok(reply)
     }

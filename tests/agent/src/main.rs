@@ -14,6 +14,7 @@ use rig_agent::{CODE_LINE, CODE_TIMEOUT, MIB, Pattern, READY, Reply, Request, Su
 
 const USAGE: &str = "rig-agent serve
 rig-agent guest TTY SECONDS SCRIPT          run a script in the guest behind a console
+rig-agent await SECONDS TIMES TEXT OTHER FILE   wait until a file holds TEXT so often, or OTHER
 rig-agent sum FILE OFFSET_MIB COUNT_MIB     checksum, past the page cache
 rig-agent pattern FILE OFFSET_MIB COUNT_MIB SEED
 rig-agent hammer FILE                       read all of a disk again and again, until killed
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
     let result = match words.as_slice() {
         ["serve"] => serve(),
         ["guest", tty, seconds, script] => return ExitCode::from(guest(tty, seconds, script)),
+        ["await", seconds, times, text, other, file] => await_text(seconds, times, text, other, file),
         ["sum", file, offset, count] => sum(file, offset, count),
         ["pattern", file, offset, count, seed] => pattern(file, offset, count, seed),
         ["hammer", file] => hammer(file),
@@ -77,21 +79,41 @@ fn run(request: &Request) -> io::Result<(i32, Vec<u8>)> {
         .stdout(out.try_clone()?)
         .stderr(out)
         .spawn()?;
-    let limit = Instant::now() + Duration::from_secs(request.seconds);
-    let code = loop {
-        if let Some(status) = child.try_wait()? {
-            break status.code().unwrap_or(128 + status.signal().unwrap_or(0));
+    // A thread keeps the time, as looking again and again would take the processor from what the script waits for.
+    let (ended, end) = mpsc::channel::<()>();
+    let (process, limit) = (child.id(), Duration::from_secs(request.seconds));
+    let keeper = thread::spawn(move || {
+        let late = end.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout);
+        if late {
+            // The process is still this one: it is waited for only when this thread has been told.
+            let _ = Command::new("kill").args(["-KILL", &process.to_string()]).status();
         }
-        if Instant::now() > limit {
-            child.kill()?;
-            child.wait()?;
-            break CODE_TIMEOUT;
-        }
-        thread::sleep(Duration::from_millis(3));
-    };
+        late
+    });
+    let status = child.wait()?;
+    drop(ended);
+    let late = keeper.join().unwrap_or(false);
+    let code = if late { CODE_TIMEOUT } else { status.code().unwrap_or(128 + status.signal().unwrap_or(0)) };
     let output = std::fs::read(&path)?;
     std::fs::remove_file(&path)?;
     Ok((code, output))
+}
+
+/// Waits for a text in a file that grows. Without a process for each look, which the domain that writes would wait for.
+fn await_text(seconds: &str, times: &str, text: &str, other: &str, file: &str) -> io::Result<()> {
+    let number = |word: &str| word.parse::<u64>().map_err(|_| invalid("not a number"));
+    let (limit, times) = (Instant::now() + Duration::from_secs(number(seconds)?), number(times)?);
+    loop {
+        let said = std::fs::read(file).unwrap_or_default();
+        let said = String::from_utf8_lossy(&said);
+        if said.matches(text).count() as u64 >= times || said.contains(other) {
+            return Ok(());
+        }
+        if Instant::now() > limit {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, format!("{text:?} is not there {times} times")));
+        }
+        thread::sleep(Duration::from_millis(100));
+    }
 }
 
 /// Sends one request over a guest's console and prints what it answers.
