@@ -421,11 +421,14 @@ impl<C: ConfigSpace> Device<C> {
         }
     }
 
-    /// Tries a broken function again, if it is one that a hand-over can mend.
+    /// Tries a broken function again, if it is one that a hand-over can mend; or one that was taken without addresses, as
+    /// its former driver domain had died in a reset of it, and dom0 may have put them back.
     pub fn retry<P: Physdev>(&mut self, physdev: &mut P, now: Nanos) {
         self.first_use(physdev, now);
-        let State::Broken(_) = self.state else { return };
-        if self.is_stalled(physdev) {
+        let control = self.function.as_ref().and_then(|function| function.control.as_ref());
+        let renew = control.is_some_and(|control| !control.proven || !control.image.has_addresses());
+        let wanting = matches!(self.state, State::Broken(_)) || self.state == State::Ready && renew;
+        if !wanting || self.is_stalled(physdev) {
             return;
         }
         let sbdf = self.entry.sbdf;
@@ -449,7 +452,7 @@ impl<C: ConfigSpace> Device<C> {
         match free {
             // The hand-over may turn memory decode on.
             Ok(()) | Err(Dirty::Prepare(PhysdevError::NoMemoryDecode)) => {
-                if !control.proven {
+                if renew {
                     // dom0 may have mended it.
                     control.image = Image::take(hardware, config);
                 }

@@ -238,11 +238,21 @@ impl Image {
         Ok(())
     }
 
+    /// Whether it has any address: one that was taken after a reset which nobody restored has none.
+    pub fn has_addresses(&self) -> bool {
+        self.addresses().next().is_some()
+    }
+
+    /// The base address registers that hold an address.
+    fn addresses(&self) -> impl Iterator<Item = &Saved> {
+        let is_bar = |saved: &&Saved| (offset::BAR0..offset::BAR0 + 24).contains(&saved.at) && saved.value & !0xf != 0;
+        self.0.iter().filter(is_bar)
+    }
+
     /// Whether a function still has its addresses after a reset. Every reset clears its base address registers (PCI
     /// Express Base 5.0, 6.6.2; for D3hot PCI Power Management 1.2, 5.4.1), so such a function was not reset.
     fn addresses_kept<C: ConfigSpace>(&self, hardware: &C) -> bool {
-        let is_bar = |saved: &&Saved| (offset::BAR0..offset::BAR0 + 24).contains(&saved.at) && saved.value & !0xf != 0;
-        let mut bars = self.0.iter().filter(is_bar).peekable();
+        let mut bars = self.addresses().peekable();
         bars.peek().is_some() && bars.all(|saved| hardware.read(saved.at, saved.width) == saved.value)
     }
 }
