@@ -18,6 +18,11 @@ use crate::xen::{self, Hypervisor, Store, Xen, transaction};
 /// How long the driver domain may take for one step.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// The first pause between two looks at what is waited for, and the longest: each look costs xenstored work, which the
+/// domains that are waited for need as well.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
+const LONGEST_PAUSE: Duration = Duration::from_millis(200);
+
 /// Everything the operations work on.
 pub struct Host<'a> {
     /// Hypercalls.
@@ -43,6 +48,7 @@ impl<'a> Host<'a> {
     /// Waits until `look` finds something, at most `patience`, and not after the user interrupts.
     pub fn wait<T>(&self, patience: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T> {
         let end = Instant::now() + patience;
+        let mut pause = SHORTEST_PAUSE;
         loop {
             if let Some(found) = look() {
                 return Some(found);
@@ -50,7 +56,8 @@ impl<'a> Host<'a> {
             if Instant::now() >= end || xen::interrupted() {
                 return None;
             }
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::sleep(pause);
+            pause = (pause * 3 / 2).min(LONGEST_PAUSE);
         }
     }
 
