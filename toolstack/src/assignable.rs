@@ -5,6 +5,7 @@ use pciback::sbdf::Sbdf;
 use crate::attach::{Host, reset};
 use crate::detach::attached_to;
 use crate::error::{Failure, Outcome, errno};
+use crate::mend::{mend, registers};
 use crate::nodes::{self, DOMID_IO};
 use crate::sysfs::NOBODY;
 
@@ -28,7 +29,9 @@ pub fn add(host: &Host<'_>, sbdf: Sbdf) -> Outcome<String> {
     if already && let Some(guest) = attached_to(host, sbdf)? {
         return Ok(format!("{sbdf}: already assignable, and attached to {guest}"));
     }
-    if !already {
+    if already {
+        mend(host.sysfs, host.store, &function)?;
+    } else {
         take(host, sbdf, function.driver.as_deref())?;
     }
     // Enabling it has dom0 route the interrupt; from then on sysfs `irq` is the GSI.
@@ -73,7 +76,14 @@ pub fn add(host: &Host<'_>, sbdf: Sbdf) -> Outcome<String> {
 /// Keeps drivers off and takes the function from the one it has.
 fn take(host: &Host<'_>, sbdf: Sbdf, driver: Option<&str>) -> Outcome<()> {
     host.sysfs.set(sbdf, "driver_override", NOBODY)?;
-    if let Err(number) = host.store.write(0, &nodes::record(sbdf, "driver"), driver.unwrap_or("")) {
+    // As its driver had set it, or the firmware.
+    let set = host.sysfs.config_space(sbdf).map(|space| registers(&space)).unwrap_or_default();
+    let noted = host
+        .store
+        .write(0, &nodes::record(sbdf, "driver"), driver.unwrap_or(""))
+        .and_then(|()| host.store.write(0, &nodes::record(sbdf, "registers"), &set));
+    if let Err(number) = noted {
+        let _ = host.store.remove(0, nodes::record(sbdf, "").trim_end_matches('/'));
         host.sysfs.set(sbdf, "driver_override", "\n")?;
         return Err(Failure::new(
             format!("{sbdf}: xenstore refuses to remember its driver: {}", errno(number)),
@@ -128,6 +138,10 @@ pub fn remove(host: &Host<'_>, sbdf: Sbdf, rebind: bool) -> Outcome<String> {
                 "see xl dmesg",
             ));
         }
+    }
+    // dom0's driver needs the addresses, too.
+    if let Err(failure) = mend(host.sysfs, host.store, &function) {
+        eprintln!("xl-pciback: warning: {}", failure.what);
     }
     let driver = give_back(host, sbdf, rebind)?;
     let now = host.sysfs.function(sbdf)?.driver;

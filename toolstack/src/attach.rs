@@ -9,6 +9,7 @@ use pciback::sbdf::Sbdf;
 
 use crate::domains::{Domains, Driver, Guest, Xl};
 use crate::error::{Failure, Outcome, errno};
+use crate::mend::mend;
 use crate::nodes::{self, DOMID_IO, Link, told};
 use crate::rights;
 use crate::serve;
@@ -246,8 +247,11 @@ fn check_driver(host: &Host<'_>, driver: &Driver, guest: &Guest, function: &Func
     wait_for_serve(host, driver);
     let read = |node: &str| told(host.store, &nodes::published(driver.domid, sbdf, node));
     // With mode=mmcfg0 the driver domain writes nothing before it is told that the host allows it: that was checked.
-    let told = driver.config.mode == Mode::Mmcfg0 && read("state").as_deref() == Some("ready");
-    if told || read("state").as_deref() == Some("broken") {
+    let stands = read("state");
+    let told = driver.config.mode == Mode::Mmcfg0 && stands.as_deref() == Some("ready");
+    // A driver domain before this one may have died in a reset of it.
+    let mended = matches!(stands.as_deref(), Some("ready" | "broken")) && mend(host.sysfs, host.store, function)?;
+    if told || mended || stands.as_deref() == Some("broken") {
         try_again(host, driver, sbdf);
     }
     let mut said = false;
@@ -420,7 +424,8 @@ fn carry_out<'a>(
         reset(host, sbdf);
     }
 
-    // Written down first: `serve` takes back what a program that was killed has left half done.
+    // Written down first, until the driver domain has it: `serve` takes back what a program that was killed has left half
+    // done.
     let note = nodes::record(sbdf, "assigning");
     host.store.write(0, &note, &format!("{domid} {}", std::process::id())).map_err(|number| {
         Failure::new(format!("{sbdf}: xenstore refuses a note: {}", errno(number)), "see whether xenstored runs")
@@ -473,6 +478,8 @@ fn carry_out<'a>(
 
     eprintln!("xl-pciback: {sbdf}: waiting for the driver domain");
     wait_exported(host, link, sbdf)?;
+    // A note that stays is no harm: what it speaks of is found done.
+    let _ = host.store.remove(0, &note);
     let index = link.index_of(host.store, 0, sbdf);
     let address = index.and_then(|index| told(host.store, &link.back(&format!("vdev-{index}")))).unwrap_or_default();
     let exported = format!("{sbdf}: exported to {:?} as {address}", guest.name);
@@ -553,7 +560,6 @@ fn list_function(
             return Err(ENOSPC);
         }
         write(&nodes::record(sbdf, "domid"), &domid.to_string())?;
-        host.store.remove(tx, &nodes::record(sbdf, "assigning"))?;
         let released = nodes::record(sbdf, "released");
         if host.store.read(tx, &released).is_some() {
             host.store.remove(tx, &released)?;
@@ -597,48 +603,61 @@ fn list_function(
 
 /// Takes the function out of the list, and the folders with the last one.
 pub fn withdraw(host: &Host<'_>, link: &Link, sbdf: Sbdf) -> Result<(), i32> {
+    transaction(host.store, |tx| take_out(host, link, sbdf, tx))
+}
+
+/// The same, unless the driver domain has exported it. True if it had not: its guest knows nothing of it.
+pub fn withdraw_unexported(host: &Host<'_>, link: &Link, sbdf: Sbdf) -> Result<bool, i32> {
     transaction(host.store, |tx| {
-        host.store.remove(tx, &nodes::record(sbdf, "domid"))?;
-        let Some(index) = link.index_of(host.store, tx, sbdf) else { return Ok(()) };
-        let count = link.count(host.store, tx).unwrap_or(0);
-        if count <= 1 {
-            host.store.remove(tx, &link.front_folder())?;
-            host.store.remove(tx, &link.back_folder())?;
-            for parent in [
-                format!("/local/domain/{}/device/pci", link.guest),
-                format!("/local/domain/{}/backend/pci/{}", link.driver, link.guest),
-                format!("/local/domain/{}/backend/pci", link.driver),
-                format!("/local/domain/{}/backend", link.driver),
-            ] {
-                if host.store.list(tx, &parent).is_empty() {
-                    host.store.remove(tx, &parent)?;
-                }
-            }
-            return Ok(());
+        let index = link.index_of(host.store, tx, sbdf).ok_or(2)?;
+        if host.store.read(tx, &link.back(&format!("vdev-{index}"))).is_some() {
+            return Ok(false);
         }
-        // Every higher place moves down by one, as libxl does it.
-        for from in index + 1..count {
-            for name in nodes::PER_FUNCTION {
-                let to = link.back(&format!("{name}-{}", from - 1));
-                match host.store.read(tx, &link.back(&format!("{name}-{from}"))) {
-                    Some(value) => {
-                        host.store.write(tx, &to, &value)?;
-                        host.store.permit(tx, &to, link.driver, Some(link.guest))?;
-                    }
-                    None => host.store.remove(tx, &to)?,
-                }
-            }
-        }
-        for name in nodes::PER_FUNCTION {
-            host.store.remove(tx, &link.back(&format!("{name}-{}", count - 1)))?;
-        }
-        host.store.write(tx, &link.back("num_devs"), &(count - 1).to_string())?;
-        // A frontend that never answered the change is not asked again.
-        if host.store.read(tx, &link.back("state")).is_some_and(|state| state == "7") {
-            host.store.write(tx, &link.back("state"), "4")?;
-        }
-        Ok(())
+        take_out(host, link, sbdf, tx).map(|()| true)
     })
+}
+
+fn take_out(host: &Host<'_>, link: &Link, sbdf: Sbdf, tx: u32) -> Result<(), i32> {
+    host.store.remove(tx, &nodes::record(sbdf, "domid"))?;
+    let Some(index) = link.index_of(host.store, tx, sbdf) else { return Ok(()) };
+    let count = link.count(host.store, tx).unwrap_or(0);
+    if count <= 1 {
+        host.store.remove(tx, &link.front_folder())?;
+        host.store.remove(tx, &link.back_folder())?;
+        for parent in [
+            format!("/local/domain/{}/device/pci", link.guest),
+            format!("/local/domain/{}/backend/pci/{}", link.driver, link.guest),
+            format!("/local/domain/{}/backend/pci", link.driver),
+            format!("/local/domain/{}/backend", link.driver),
+        ] {
+            if host.store.list(tx, &parent).is_empty() {
+                host.store.remove(tx, &parent)?;
+            }
+        }
+        return Ok(());
+    }
+    // Every higher place moves down by one, as libxl does it.
+    for from in index + 1..count {
+        for name in nodes::PER_FUNCTION {
+            let to = link.back(&format!("{name}-{}", from - 1));
+            match host.store.read(tx, &link.back(&format!("{name}-{from}"))) {
+                Some(value) => {
+                    host.store.write(tx, &to, &value)?;
+                    host.store.permit(tx, &to, link.driver, Some(link.guest))?;
+                }
+                None => host.store.remove(tx, &to)?,
+            }
+        }
+    }
+    for name in nodes::PER_FUNCTION {
+        host.store.remove(tx, &link.back(&format!("{name}-{}", count - 1)))?;
+    }
+    host.store.write(tx, &link.back("num_devs"), &(count - 1).to_string())?;
+    // A frontend that never answered the change is not asked again.
+    if host.store.read(tx, &link.back("state")).is_some_and(|state| state == "7") {
+        host.store.write(tx, &link.back("state"), "4")?;
+    }
+    Ok(())
 }
 
 fn wait_exported(host: &Host<'_>, link: &Link, sbdf: Sbdf) -> Outcome<()> {

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use pciback::sbdf::Sbdf;
 
-use crate::attach::{Host, find_driver, quarantine, reset, resets_itself, withdraw};
+use crate::attach::{Host, find_driver, quarantine, reset, resets_itself, withdraw, withdraw_unexported};
 use crate::domains::Guest;
 use crate::error::{Failure, Outcome, errno};
 use crate::nodes::{self, Link};
@@ -59,6 +59,22 @@ fn ask(
     options: &Options,
 ) -> Outcome<String> {
     let sbdf = function.sbdf;
+    let others = rights::others(host, guest.domid, sbdf);
+    // One that the driver domain has refused, or not come to, the guest knows nothing of, and its frontend would close for
+    // good if it were told to let go what it never had.
+    match withdraw_unexported(host, link, sbdf) {
+        Ok(true) => {
+            note_release(host, guest, sbdf, promised);
+            return finish(host, guest, function, &others, Ok(()), false);
+        }
+        Ok(false) => {}
+        Err(number) => {
+            return Err(Failure::new(
+                format!("{sbdf}: xenstore refuses the wish: {}", errno(number)),
+                "see whether xenstored runs",
+            ));
+        }
+    }
     let end = Instant::now() + options.timeout;
     let left = || end.saturating_duration_since(Instant::now());
     match host.settle(link, guest, options.timeout) {
@@ -95,15 +111,18 @@ fn ask(
             "stop what uses it in the guest and try again, or use --force, which takes it away under a running driver",
         ));
     }
-    let others = rights::others(host, guest.domid, sbdf);
-    if promised {
-        // Before it is free: `serve` would give it to this guest again.
-        let _ = host.store.write(0, &nodes::record(sbdf, "released"), &guest.domid.to_string());
-    }
+    note_release(host, guest, sbdf, promised);
     let withdrawn = withdraw(host, link, sbdf);
     // A function that was taken by force has not been handed over; one that was released has.
     let clean = released.is_some() && resets_itself(host, link.driver, sbdf);
     finish(host, guest, function, &others, withdrawn, clean)
+}
+
+/// Before a promised function is free: `serve` would give it to this guest again.
+fn note_release(host: &Host<'_>, guest: &Guest, sbdf: Sbdf, promised: bool) {
+    if promised {
+        let _ = host.store.write(0, &nodes::record(sbdf, "released"), &guest.domid.to_string());
+    }
 }
 
 /// The driver domain has ended, or was started anew, while the guest had the function. Nobody can tell the

@@ -12,6 +12,7 @@ mod detach;
 mod domains;
 mod error;
 mod list;
+mod mend;
 mod nodes;
 mod rights;
 mod serve;

@@ -205,7 +205,10 @@ impl Fake {
                     nodes.insert(format!("{base}/error-{index}"), "it is on fire".into());
                     nodes.insert(state, "6".into());
                 }
-                Some("1") => drop(nodes.insert(state, "3".into())),
+                Some("1") => {
+                    nodes.insert(format!("{base}/vdev-{index}"), format!("0000:00:0{index}.00"));
+                    nodes.insert(state, "3".into());
+                }
                 Some("5") => drop(nodes.insert(state, "6".into())),
                 _ => {}
             }
@@ -531,6 +534,24 @@ fn a_guest_that_does_not_answer_keeps_its_device_unless_forced() {
     assert!(fake.log.borrow().iter().any(|line| line.starts_with("assign") && line.ends_with(" -")));
 }
 
+/// What a program that was killed in the middle of attaching leaves: the function is listed, and refused.
+#[test]
+fn a_function_that_was_never_exported_is_taken_away_without_telling_the_guest() {
+    let fake = Fake::new("refused");
+    let before = fake.nodes.borrow().clone();
+    fake.attach().unwrap();
+    let base = "/local/domain/2/backend/pci/3/0";
+    fake.nodes.borrow_mut().remove(&format!("{base}/vdev-0"));
+    fake.set(&format!("{base}/state-0"), "6");
+    fake.set(&format!("{base}/error-0"), "it is on fire");
+    fake.log.borrow_mut().clear();
+    fake.detach(false).unwrap();
+    let log = fake.log.borrow();
+    assert!(!log.iter().any(|line| line.starts_with("write") && line.ends_with("state-0")), "{log:#?}");
+    assert!(log.iter().any(|line| line == "assign 0000:01:00.0 3 -"), "{log:#?}");
+    assert_eq!(*fake.nodes.borrow(), before);
+}
+
 #[test]
 fn detaching_what_is_not_attached_says_so() {
     let fake = Fake::new("absent");
@@ -851,16 +872,18 @@ fn one_range_that_cannot_be_taken_back_keeps_no_other() {
 }
 
 #[test]
-fn a_function_that_cannot_be_quarantined_goes_back_to_dom0() {
-    let fake = Fake::new("unquarantined");
-    fake.set_sysfs("driver_override", "(null)\n");
-    let before = fake.nodes.borrow().clone();
-    fake.fail_at.set(2);
-    let sbdf: Sbdf = NIC.parse().unwrap();
-    let failure = fake.with(|host| assignable::add(host, sbdf)).expect_err("refused");
-    assert!(failure.what.contains("cannot be made assignable"), "{failure}");
-    assert_eq!(*fake.nodes.borrow(), before);
-    assert!(fake.with(assignable::list).is_empty());
+fn a_function_that_cannot_be_taken_or_quarantined_goes_back_to_dom0() {
+    for (step, why) in [(1, "remember"), (2, "remember"), (3, "cannot be made assignable")] {
+        let fake = Fake::new("unquarantined");
+        fake.set_sysfs("driver_override", "(null)\n");
+        let before = fake.nodes.borrow().clone();
+        fake.fail_at.set(step);
+        let sbdf: Sbdf = NIC.parse().unwrap();
+        let failure = fake.with(|host| assignable::add(host, sbdf)).expect_err("refused");
+        assert!(failure.what.contains(why), "{failure}");
+        assert_eq!(*fake.nodes.borrow(), before);
+        assert!(fake.with(assignable::list).is_empty());
+    }
 }
 
 #[test]

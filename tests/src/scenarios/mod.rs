@@ -14,6 +14,7 @@ mod hotplug;
 mod idle;
 pub(crate) mod killed_enabling;
 mod lifecycle;
+mod lost_addresses;
 mod module_reload;
 mod msi_drive;
 mod msix_nvme;
@@ -104,7 +105,7 @@ const EVERYWHERE: &[Boot] = &Boot::ALL;
 const DELEGATED: &[Boot] = &[Boot::Plain];
 
 /// All of them.
-pub const ALL: [Scenario; 32] = [
+pub const ALL: [Scenario; 33] = [
     scenario("nvme", STOCK, "a guest reads and writes an NVMe drive, with interrupts", nvme::run),
     scenario("nic", STOCK, "a guest uses a network card", nic::run),
     scenario("two-guests", STOCK, "two guests use a device each at once", two_guests::run),
@@ -146,6 +147,12 @@ pub const ALL: [Scenario; 32] = [
         hostile_driver::run,
     ),
     scenario("two-drivers", STOCK, "a drive that two driver domains list has one owner", two_drivers::run),
+    scenario(
+        "lost-addresses",
+        EVERYWHERE,
+        "functions that a dead driver domain left without addresses work again",
+        lost_addresses::run,
+    ),
     scenario("saved", STOCK, "a guest is saved with a drive", saved::run),
     scenario("store-load", STOCK, "all works while xenstored is busy for others", store_load::run),
     scenario("alone", &[Boot::Writable], "with mmcfg=0 a drive works without dom0's service, too", alone::run),
@@ -156,7 +163,7 @@ pub const ALL: [Scenario; 32] = [
 
 /// What the test runs with `mmcfg=0`: what the way of writing and the hand-over make a difference to. The rest is as
 /// on the same hypervisor without; `cargo xtask test --long` runs all of it.
-const WITH_MMCFG_OFF: [&str; 12] = [
+const WITH_MMCFG_OFF: [&str; 13] = [
     "nvme",
     "two-functions",
     "destroyed",
@@ -169,6 +176,7 @@ const WITH_MMCFG_OFF: [&str; 12] = [
     "stale-maskall",
     "alone",
     "bus-reset",
+    "lost-addresses",
 ];
 
 /// What only `--long` runs.

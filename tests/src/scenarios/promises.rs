@@ -77,14 +77,25 @@ fn keeps(rig: &mut Rig) -> Outcome {
     rig.wait("g1 to be gone", 60, "! xl domid g1")?;
     rig.run("rm -f /var/log/xen/guest-g1.log")?;
     rig.create_and_wait(Guest::named("g1"))?;
-    // Killed in the middle of attaching it, at several places: what is half done is taken back, and done again.
-    for tenths in [2, 4, 6, 9] {
+    // Killed in the middle of attaching it, when each of these is there for the first time: what is half done is taken
+    // back, and done again. One that was listed, the driver domain has refused meanwhile, if it needs serve.
+    let listed = "/local/domain/$(xl domid pciback0)/backend/pci/$(xl domid g1)/0";
+    for node in ["/pciback/assignable/0000-01-00-0/assigning", &format!("{listed}/dev-0"), &format!("{listed}/vdev-0")]
+    {
         rig.start_serve()?;
-        rig.run(&format!("usleep {}", 100_000 * tenths))?;
+        rig.must(&format!(
+            "p={node}; n=0; until xenstore-read $p >/dev/null 2>&1; do n=$((n+1)); [ $n -ge 9000 ] && exit 1; usleep 5000; done"
+        ))?;
         rig.stop_serve("KILL")?;
+        if node.ends_with("/dev-0") && rig.boot.has_serve() {
+            let state = format!("xenstore-read {listed}/state-0");
+            rig.wait("the driver domain to have decided", 60, &format!("[ $({state}) -ge 3 ]"))?;
+        }
     }
     rig.start_serve()?;
     has_drive(rig, "g1")?;
+    let half = rig.run("xenstore-read /pciback/assignable/0000-01-00-0/assigning 2>/dev/null || echo none")?;
+    check!(half.trim() == "none", "an attachment is said to be under way after its end: {half}");
 
     // A name is what counts, and not what had it first.
     rig.must("xl rename g1 g5")?;

@@ -174,6 +174,21 @@ pub fn is_running<S: Store + ?Sized>(store: &S) -> bool {
     process.is_some_and(is_ours)
 }
 
+/// In the note of an attachment under way, the number of no process: its own was killed, and it is being taken back.
+const TAKEN_UP: u32 = 0;
+
+/// The note of an attachment under way: guest and process.
+fn assigning<S: Store + ?Sized>(store: &S, sbdf: Sbdf) -> Option<(u32, u32)> {
+    let text = store.read(0, &nodes::record(sbdf, "assigning"))?;
+    let (guest, process) = text.split_once(' ')?;
+    Some((guest.parse().ok()?, process.parse().ok()?))
+}
+
+/// Whether an attachment was broken off and is to be taken back.
+fn is_half_done<S: Store + ?Sized>(store: &S, sbdf: Sbdf) -> bool {
+    assigning(store, sbdf).is_some_and(|(_, process)| process == TAKEN_UP)
+}
+
 /// Whether a process is this program.
 fn is_ours(process: u32) -> bool {
     let name = std::fs::read_to_string(format!("/proc/{process}/comm")).unwrap_or_default();
@@ -397,26 +412,31 @@ impl Serve<'_> {
         self.attach(&self.view());
     }
 
-    /// A program that attached a function was killed on the way: the guest counts as the one that has it, and as no
-    /// driver domain lists it, it is taken back.
+    /// A program that attached a function was killed on the way. If the driver domain has exported it, it was at its end;
+    /// if not, the guest counts as the one that has it, and it is taken back ([`is_half_done`]).
     fn adopt(&self) {
         for sbdf in self.xen.list(0, nodes::RECORDS).into_iter().filter_map(|folder| nodes::of_folder(&folder)) {
-            let note = nodes::record(sbdf, "assigning");
-            let Some(text) = self.xen.read(0, &note) else { continue };
-            let mut numbers = text.split(' ').map(|word| word.parse::<u32>().ok());
-            let (Some(Some(guest)), Some(Some(process))) = (numbers.next(), numbers.next()) else { continue };
+            let Some((guest, process)) = assigning(self.xen, sbdf) else { continue };
             let own = process == std::process::id();
-            if own && self.busy.contains(&guest) || !own && is_ours(process) {
+            if process == TAKEN_UP || own && self.busy.contains(&guest) || !own && is_ours(process) {
                 continue;
             }
-            if self.xen.is_free(sbdf) == Ok(true) {
+            let note = nodes::record(sbdf, "assigning");
+            let exported = |driver: &Driver| {
+                let link = Link { driver: driver.domid, guest };
+                let index = link.index_of(self.xen, 0, sbdf)?;
+                self.xen.read(0, &link.back(&format!("state-{index}"))).filter(|state| state == "3")
+            };
+            if self.xen.is_free(sbdf) == Ok(true) || self.drivers.iter().any(|driver| exported(driver).is_some()) {
                 let _ = self.xen.remove(0, &note);
                 continue;
             }
-            eprintln!("xl-pciback: {sbdf}: process {process} was killed while it attached it to guest {guest}");
+            eprintln!(
+                "xl-pciback: {sbdf}: process {process} was killed while it attached it to guest {guest}: it is taken back"
+            );
             let adopted = transaction(self.xen, |tx| {
                 self.xen.write(tx, &nodes::record(sbdf, "domid"), &guest.to_string())?;
-                self.xen.remove(tx, &note)
+                self.xen.write(tx, &note, &format!("{guest} {TAKEN_UP}"))
             });
             if let Err(number) = adopted {
                 eprintln!("xl-pciback: warning: {sbdf}: xenstore refuses to remember it: {}", errno(number));
@@ -439,7 +459,8 @@ impl Serve<'_> {
             let holder: Option<u32> = number(sbdf, "domid");
             Known {
                 state: told(store, &nodes::published(driver, sbdf, "state")).unwrap_or_default(),
-                listed: holder.is_some_and(|guest| Link { driver, guest }.index_of(store, 0, sbdf).is_some()),
+                listed: holder.is_some_and(|guest| Link { driver, guest }.index_of(store, 0, sbdf).is_some())
+                    && !is_half_done(store, sbdf),
                 holder,
                 released: number(sbdf, "released"),
             }
@@ -491,7 +512,7 @@ impl Serve<'_> {
     /// The guest is gone: its entry in the driver domain's list goes, and the function into quarantine.
     fn forget(&self, sbdf: Sbdf, guest: u32, driver: Option<u32>) {
         let gone = transaction(self.xen, |tx| {
-            for node in ["domid", "released"] {
+            for node in ["domid", "released", "assigning"] {
                 self.xen.remove(tx, &nodes::record(sbdf, node))?;
             }
             match driver {
@@ -604,13 +625,17 @@ fn work(libdir: Option<&str>, sysfs: &Sysfs, guest: u32, sbdf: Sbdf, job: Job) -
             attach::attach(&host, &guest.to_string(), sbdf, &options)
         }
         Job::Orphan => {
-            eprintln!(
-                "xl-pciback: {sbdf}: no driver domain serves it to guest {guest} any more, so it is taken from it"
-            );
+            if !is_half_done(&xen, sbdf) {
+                eprintln!(
+                    "xl-pciback: {sbdf}: no driver domain serves it to guest {guest} any more, so it is taken from it"
+                );
+            }
             let options = detach::Options { driver: None, force: true, timeout: REMOVAL };
             let done = detach(&host, &guest.to_string(), sbdf, &options)?;
             // That was nobody's wish to keep it from the guest.
-            let _ = xen.remove(0, &nodes::record(sbdf, "released"));
+            for node in ["released", "assigning"] {
+                let _ = xen.remove(0, &nodes::record(sbdf, node));
+            }
             Ok(done)
         }
     }

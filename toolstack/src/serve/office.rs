@@ -21,6 +21,7 @@ use pciback::throttle::Throttle;
 use super::journal::{Journal, Mapping};
 use super::rules::Rules;
 use crate::domains::Driver;
+use crate::mend;
 use crate::nodes;
 use crate::sysfs::{NOBODY, Sysfs};
 use crate::xen::Store;
@@ -241,10 +242,7 @@ impl<'a> Office<'a> {
             return refused(PhysdevError::NoDevice, "prepare_msix for a function without MSI-X");
         }
         if !rules.is_in_place(&read) {
-            return refused(
-                PhysdevError::Invalid,
-                "prepare_msix while its base address registers are not what dom0 set",
-            );
+            self.mend(sbdf, "prepare_msix")?;
         }
         self.calls.prepare_msix(sbdf).map(|()| 0).map_err(xen)
     }
@@ -254,7 +252,13 @@ impl<'a> Office<'a> {
         self.owned(sbdf)?;
         let Some(function) = self.functions.get_mut(&sbdf) else { return Err((PhysdevError::NoDevice, None)) };
         let read = reader(&self.sysfs, sbdf, function)?;
-        if !function.journal.mapped().is_empty() {
+        if function.journal.mapped().is_empty() {
+            // Asked for a function without MSI-X, before anything else.
+            let free = self.store.read(0, &nodes::record(sbdf, "domid")).is_none();
+            if free && !rules(&self.sysfs, sbdf, function)?.is_in_place(&read) {
+                self.mend(sbdf, "restore_msi")?;
+            }
+        } else {
             let held = read(offset::COMMAND, Width::Word).unwrap_or(u32::MAX) as u16;
             if held == u16::MAX || held & command::MEMORY == 0 {
                 return Err((PhysdevError::NoMemoryDecode, None));
@@ -267,6 +271,30 @@ impl<'a> Office<'a> {
             }
         }
         self.calls.restore_msi(sbdf).map(|()| 0).map_err(xen)
+    }
+
+    /// A driver domain that died in a reset has left the function without addresses: they are put back for the next one,
+    /// which begins with such a call, while nobody has the function.
+    fn mend(&mut self, sbdf: Sbdf, call: &str) -> Result<(), Refusal> {
+        let store = self.store;
+        let used = store.read(0, &nodes::record(sbdf, "domid")).is_some();
+        let Some(function) = self.functions.get_mut(&sbdf) else { return Err((PhysdevError::NoDevice, None)) };
+        let (Some(space), Some(rules)) = (&function.space, &function.rules) else {
+            return Err((PhysdevError::NoDevice, None));
+        };
+        if used || !function.journal.mapped().is_empty() {
+            return refused(
+                PhysdevError::Invalid,
+                format!("{call} while its base address registers are not what dom0 set"),
+            );
+        }
+        match mend::put_back(space, rules, mend::record(store, sbdf).as_deref()) {
+            Ok(_) => {
+                self.log(&format!("{sbdf}: it had lost its addresses in a reset that nobody finished: put back"));
+                Ok(())
+            }
+            Err(error) => refused(PhysdevError::Failed, format!("{call}: its addresses cannot be put back: {error}")),
+        }
     }
 
     fn owned(&mut self, sbdf: Sbdf) -> Result<(), Refusal> {
@@ -738,6 +766,21 @@ mod tests {
         assert_eq!(host.ask(&mut office, NIC, Operation::Prepare), Err(PhysdevError::Invalid));
         assert_eq!(host.ask(&mut office, NIC, Operation::Restore), Err(PhysdevError::Invalid));
         assert_eq!(host.fake.calls.borrow().len(), calls);
+        // Nobody has it any more: a driver domain has died in that reset.
+        let (mut clean, fake) = (host.office(), &host.fake);
+        clean.carry_out(
+            &Request { session: 5, sequence: 1, function: NIC.parse().unwrap(), operation: Operation::Settle }.encode(),
+        );
+        fake.guest.set(None);
+        assert_eq!(host.ask(&mut clean, NIC, Operation::Prepare), Ok(0));
+        assert_eq!(fs::read(host.path(NIC, "config")).unwrap()[0x10..0x14], (BAR as u32).to_le_bytes());
+        fs::write(host.path(NIC, "config"), &space).unwrap();
+        assert_eq!(host.ask(&mut clean, NIC, Operation::Restore), Ok(0));
+        assert_eq!(fs::read(host.path(NIC, "config")).unwrap()[0x10..0x14], (BAR as u32).to_le_bytes());
+        drop(clean);
+        fake.guest.set(Some(7));
+        let mut office = host.office();
+        assert_eq!(host.ask(&mut office, NIC, map(7, 0)), Ok(54));
         // What may be named is bounded by what is mapped.
         for pirq in 0..1000 {
             assert_eq!(host.ask(&mut office, NIC, Operation::Keep { guest: 7, pirq }), Ok(0));

@@ -15,7 +15,7 @@ pub struct Known {
     pub state: String,
     /// By this tool's record: the guest that has it.
     pub holder: Option<u32>,
-    /// Whether this driver domain lists it for that guest.
+    /// Whether this driver domain lists it for that guest, and whoever gave it to the guest came to the end of that.
     pub listed: bool,
     /// By this tool's record: the guest that it was detached from by hand, and that shall not get it again.
     pub released: Option<u32>,
@@ -55,7 +55,8 @@ pub enum Step {
         /// The driver domain, if one has it.
         driver: Option<u32>,
     },
-    /// A guest has it from a driver domain that is gone, and another one has come: it is taken from the guest.
+    /// A guest has it from a driver domain that is gone, and another one has come, or has half of it: it is taken from the
+    /// guest.
     Orphan {
         /// The function.
         sbdf: Sbdf,

@@ -4,10 +4,10 @@
 //!
 //! The layout is read from the hardware, not told by the driver domain, and the addresses are dom0's (sysfs).
 
-use pciback::config::registers::{EXTENDED, SPACE, capability, offset};
+use pciback::config::registers::{EXTENDED, SPACE, capability, command, offset};
 use pciback::platform::Width;
 
-use crate::sysfs::Function;
+use crate::sysfs::{Function, Resource};
 
 /// Extended capability ids (PCI Express Base 5.0, 7.8 to 7.9; SR-IOV 1.1).
 mod extended {
@@ -45,9 +45,12 @@ pub struct Rules {
     table_bar: Option<u8>,
     /// Addresses of the BARs.
     bars: [u64; 6],
+    /// Bits of Command: memory, ports.
+    decode: u16,
 }
 
-fn word(space: &[u8], at: u16) -> u16 {
+/// A word of a configuration space; all ones behind its end.
+pub fn word(space: &[u8], at: u16) -> u16 {
     let at = usize::from(at);
     u16::from_le_bytes([space.get(at).copied().unwrap_or(0xff), space.get(at + 1).copied().unwrap_or(0xff)])
 }
@@ -57,7 +60,7 @@ fn dword(space: &[u8], at: u16) -> u32 {
 }
 
 /// Ids and offsets of the capabilities: a bounded walk.
-fn capabilities(space: &[u8]) -> Vec<(u8, u16)> {
+pub fn capabilities(space: &[u8]) -> Vec<(u8, u16)> {
     let mut found = Vec::new();
     if word(space, 0x06) & 0x10 == 0 {
         return found;
@@ -143,7 +146,10 @@ impl Rules {
                 _ => {}
             }
         }
-        Some(Rules { ranges, table_bar, bars })
+        let used = function.resources.iter().take(6).filter(|resource| resource.is_used());
+        let bit = |resource: &Resource| if resource.is_io() { command::IO } else { command::MEMORY };
+        let decode = used.map(bit).fold(0, |all, bit| all | bit);
+        Some(Rules { ranges, table_bar, bars, decode })
     }
 
     /// Address of the BAR that holds the MSI-X table.
@@ -156,14 +162,24 @@ impl Rules {
         self.table_bar.is_some()
     }
 
-    /// Whether the registers are where dom0 knows them: Xen takes the place of the MSI-X table from them.
-    pub fn is_in_place(&self, now: impl Fn(u16, Width) -> Option<u32>) -> bool {
+    /// The base address registers: offset, address bits, dom0's address.
+    pub fn addresses(&self) -> impl Iterator<Item = (u16, u32, u32)> {
         let bars = self.ranges.iter().filter(|(first, ..)| *first < offset::ROM);
         bars.filter_map(|(first, _, rule)| match rule {
             Rule::Address(mask, address) => Some((*first, *mask, *address)),
             _ => None,
         })
-        .all(|(first, mask, address)| now(first, Width::Dword).is_some_and(|value| value & mask == address & mask))
+    }
+
+    /// Whether the registers are where dom0 knows them: Xen takes the place of the MSI-X table from them.
+    pub fn is_in_place(&self, now: impl Fn(u16, Width) -> Option<u32>) -> bool {
+        self.addresses()
+            .all(|(first, mask, address)| now(first, Width::Dword).is_some_and(|value| value & mask == address & mask))
+    }
+
+    /// The bits of Command with which the function answers to all its addresses.
+    pub fn decode(&self) -> u16 {
+        self.decode
     }
 
     /// Judges a write. `now` reads the register as it is.
@@ -211,7 +227,6 @@ impl Rules {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sysfs::Resource;
 
     const BAR: u64 = 0x38_0000_4000;
 

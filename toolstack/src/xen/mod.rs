@@ -100,18 +100,21 @@ pub trait Store {
 ///
 /// # Errors
 /// What the body or xenstored answered; nothing was changed then.
-pub fn transaction<S: Store + ?Sized>(store: &S, body: impl Fn(u32) -> Result<(), i32>) -> Result<(), i32> {
+pub fn transaction<S: Store + ?Sized, T>(store: &S, body: impl Fn(u32) -> Result<T, i32>) -> Result<T, i32> {
     const EAGAIN: i32 = 11;
     for _ in 0..16 {
         let tx = store.begin()?;
-        if let Err(errno) = body(tx) {
-            // Dropping it cannot change anything.
-            let _ = store.end(tx, false);
-            return Err(errno);
-        }
+        let done = match body(tx) {
+            Ok(done) => done,
+            Err(errno) => {
+                // Dropping it cannot change anything.
+                let _ = store.end(tx, false);
+                return Err(errno);
+            }
+        };
         match store.end(tx, true) {
             Err(EAGAIN) => {}
-            other => return other,
+            ended => return ended.map(|()| done),
         }
     }
     Err(EAGAIN)
