@@ -79,7 +79,7 @@ pub fn run(built: &Built, release: Release, boot: Boot) -> Outcome {
     rig.must(&format!("insmod /modules/xen-pciback.ko && xl pci-assignable-add {NVME}"))?;
     let start = Instant::now();
     rig.must(&format!("xl pci-attach g1 {NVME}"))?;
-    let theirs = measure(&mut rig, start, "/local/domain/0/backend/pci/$(xl domid g1)/0")?;
+    let theirs = measure(&mut rig, start, "/local/domain/0/backend/pci/$(domid g1)/0")?;
 
     let mut text = format!(
         "# Measured beside Linux's xen-pciback\n\nWritten by `cargo xtask bench` on Xen {}. Both backends served the same guest (PV Linux, 2 vCPUs) and the same\n\
@@ -158,7 +158,7 @@ fn ours(rig: &mut Rig) -> Outcome<Ours> {
     say(format!("measuring the driver domain, mode {mode}"));
     let start = Instant::now();
     rig.must(&format!("xl-pciback attach g1 {NVME}"))?;
-    let base = format!("/local/domain/$(xl domid {DRIVER})/backend/pci/$(xl domid g1)/0");
+    let base = format!("/local/domain/$(domid {DRIVER})/backend/pci/$(domid g1)/0");
     let figures = measure(rig, start, &base)?;
     let calls = hypercalls(rig)?;
     rig.must(&format!("xl-pciback detach g1 {NVME}"))?;

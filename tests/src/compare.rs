@@ -116,7 +116,7 @@ fn reboots(rig: &mut Rig, backend: Backend) -> Outcome<String> {
         rig.wait_disk("g1")?;
         let old = rig.domid("g1")?.unwrap_or_default();
         rig.guest("g1", "(sleep 0.2; reboot -f) >/dev/null 2>&1 & echo soon")?;
-        rig.wait("g1's new domain", 90, &format!("id=$(xl domid g1) && [ $id != {old} ]"))?;
+        rig.wait("g1's new domain", 90, &format!("id=$(domid g1) && [ $id != {old} ]"))?;
         if backend == Backend::Ours {
             rig.attach("g1", NVME)?;
         }
@@ -192,7 +192,7 @@ fn stale(rig: &mut Rig, backend: Backend) -> Outcome<String> {
     if backend == Backend::Ours {
         rig.must(&format!("xl pause {DRIVER}"))?;
     }
-    let destroyed = rig.must("xl destroy g1").and_then(|_| rig.wait("g1 to be gone", 60, "! xl domid g1"));
+    let destroyed = rig.must("xl destroy g1").and_then(|_| rig.wait("g1 to be gone", 60, "! domid g1"));
     let control = rig.msix_control(NIC, stale_maskall::CAPABILITY);
     if backend == Backend::Ours {
         rig.must(&format!("xl unpause {DRIVER}"))?;

@@ -26,7 +26,7 @@ pub const OWNED: [&str; 4] = [NVME, NIC, XHCI, AHCI];
 /// The driver domain.
 pub const DRIVER: &str = "pciback0";
 /// What the driver domain publishes, as dom0's shell finds it.
-const PUBLISHED: &str = "/local/domain/$(xl domid pciback0)/data/pciback";
+const PUBLISHED: &str = "/local/domain/$(domid pciback0)/data/pciback";
 
 /// What Linux says when it gives up.
 const PANIC: &str = "Kernel panic";
@@ -247,7 +247,7 @@ impl Rig {
 
     /// A domain's number, if it exists.
     pub fn domid(&mut self, name: &str) -> Outcome<Option<u32>> {
-        let (code, output) = self.exec(&format!("xl domid {name} 2>/dev/null"))?;
+        let (code, output) = self.exec(&format!("domid {name} 2>/dev/null"))?;
         Ok(if code == 0 { output.trim().parse().ok() } else { None })
     }
 
@@ -262,7 +262,7 @@ impl Rig {
     pub fn try_create(&mut self, guest: Guest<'_>) -> Outcome<(i32, String)> {
         let name = guest.name;
         self.exec(&format!(
-            "rm -f /var/log/xen/guest-{name}.log; echo {} > /tmp/{name}.cfg; xl create -q /tmp/{name}.cfg && xl domid {name}",
+            "rm -f /var/log/xen/guest-{name}.log; echo {} > /tmp/{name}.cfg; xl create -q /tmp/{name}.cfg && domid {name}",
             quote(&guest.config())
         ))
     }
@@ -309,7 +309,7 @@ impl Rig {
     /// Runs a script in a guest, whatever it answers.
     pub fn guest_exec(&mut self, name: &str, seconds: u64, script: &str) -> Outcome<(i32, String)> {
         let looked = format!(
-            "tty=$(xenstore-read /local/domain/$(xl domid {name})/console/tty) && rig-agent guest $tty {seconds} {}",
+            "tty=$(xenstore-read /local/domain/$(domid {name})/console/tty) && rig-agent guest $tty {seconds} {}",
             quote(script)
         );
         let reply = self.machine.exec(seconds + 30, &looked)?;
@@ -439,9 +439,9 @@ impl Rig {
         // The domain is looked up anew only when it is not there any more.
         let (what, looks) = (format!("{DRIVER} to publish {node}={value}"), 60 * 4);
         let looped = format!(
-            "d=$(xl domid {DRIVER}); n=0; until v=$(xenstore-read /local/domain/$d/data/pciback/{node} 2>&1); [ \"$v\" = {value} ]; do \
+            "d=$(domid {DRIVER}); n=0; until v=$(xenstore-read /local/domain/$d/data/pciback/{node} 2>&1); [ \"$v\" = {value} ]; do \
              n=$((n+1)); [ $n -ge {looks} ] && {{ echo \"$v\"; exit 1; }}; sleep 0.25; \
-             xenstore-read /local/domain/$d/name >/dev/null 2>&1 || d=$(xl domid {DRIVER}); done"
+             xenstore-read /local/domain/$d/name >/dev/null 2>&1 || d=$(domid {DRIVER}); done"
         );
         let reply = self.machine.exec(400, &looped)?;
         let said = String::from_utf8_lossy(&reply.output).into_owned();
@@ -561,7 +561,7 @@ impl Rig {
             "for d in $(xl list | awk 'NR > 1 && $1 != \"Domain-0\" && $1 != \"{DRIVER}\" {{print $1}}'); do xl destroy $d; done; \
              rm -f /var/log/xen/guest-g*.log; \
              [ -z \"$(xl list | awk '$1 == \"{DRIVER}\" && $5 ~ /[csd]/')\" ] || xl destroy {DRIVER}; \
-             xl domid {DRIVER} 2>/dev/null || echo none"
+             domid {DRIVER} 2>/dev/null || echo none"
         );
         let output = self.run(&script)?;
         if !driver {

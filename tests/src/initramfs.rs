@@ -27,6 +27,15 @@ stty -F /dev/ttyS1 raw -echo 115200
 while :; do rig-agent serve </dev/ttyS1 >/dev/ttyS1; sleep 1; done
 "#;
 
+/// Prints a domain's number, as `xl domid` does, in a hundredth of the time: scenarios ask hundreds of times.
+const DOMID: &str = r#"#!/bin/busybox sh
+for d in $(xenstore-list /local/domain); do
+  [ "$(xenstore-read /local/domain/$d/name 2>/dev/null)" = "$1" ] && echo $d && exit 0
+done
+echo "$1 is no domain" >&2
+exit 1
+"#;
+
 /// The guest's init. Kernel messages go to the console until the command server needs it for itself. On its command line
 /// `MODULE.PARAMETER=VALUE` is for that module, and `rig.drivers=` says which drivers are loaded: `nvme`, `e1000e`, `disks` or `all`.
 const GUEST_INIT: &str = r#"#!/bin/busybox sh
@@ -93,6 +102,7 @@ pub fn dom0(base: &Base, parts: Parts<'_>, shell: bool) -> Result<Vec<u8>> {
     archive.tree(&base.dom0)?;
     archive.file("usr/bin/busybox", 0o755, &busybox()?);
     archive.file("usr/bin/rig-agent", 0o755, &read(parts.agent)?);
+    archive.file("usr/bin/domid", 0o755, DOMID.as_bytes());
     if let Some(tool) = parts.tool {
         archive.file("usr/sbin/xl-pciback", 0o755, &read(tool)?);
     }

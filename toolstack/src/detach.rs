@@ -60,11 +60,15 @@ fn ask(
 ) -> Outcome<String> {
     let sbdf = function.sbdf;
     let others = rights::others(host, guest.domid, sbdf);
+    let port = frontend_port(host, link);
+    let end = Instant::now() + options.timeout;
+    let left = || end.saturating_duration_since(Instant::now());
     // One that the driver domain has refused, or not come to, the guest knows nothing of, and its frontend would close for
     // good if it were told to let go what it never had.
     match withdraw_unexported(host, link, sbdf) {
         Ok(true) => {
             note_release(host, guest, sbdf, promised);
+            wait_removed(host, link, guest, sbdf, port, left());
             return finish(host, guest, function, &others, Ok(()), false);
         }
         Ok(false) => {}
@@ -75,8 +79,6 @@ fn ask(
             ));
         }
     }
-    let end = Instant::now() + options.timeout;
-    let left = || end.saturating_duration_since(Instant::now());
     match host.settle(link, guest, options.timeout) {
         Err(failure) if !options.force => return Err(failure),
         _ => {}
@@ -113,9 +115,26 @@ fn ask(
     }
     note_release(host, guest, sbdf, promised);
     let withdrawn = withdraw(host, link, sbdf);
+    wait_removed(host, link, guest, sbdf, port, left());
     // A function that was taken by force has not been handed over; one that was released has.
     let clean = released.is_some() && resets_itself(host, link.driver, sbdf);
     finish(host, guest, function, &others, withdrawn, clean)
+}
+
+/// The guest's end of the event channel, while its frontend is connected.
+fn frontend_port(host: &Host<'_>, link: &Link) -> Option<u32> {
+    host.store.read(0, &link.front("event-channel")).and_then(|text| text.parse().ok())
+}
+
+/// Waits until the guest has removed its end, if that went with its last function. One that was listed again before the
+/// guest has seen it go would never be found: Linux looks only whether there is one.
+fn wait_removed(host: &Host<'_>, link: &Link, guest: &Guest, sbdf: Sbdf, port: Option<u32>, patience: Duration) {
+    let Some(port) = port.filter(|_| host.store.read(0, &link.front("state")).is_none()) else { return };
+    let gone = || host.xen.port_is_closed(guest.domid, port).unwrap_or(true);
+    if !gone() {
+        eprintln!("xl-pciback: {sbdf}: waiting for guest {:?} to remove it", guest.name);
+        host.wait(patience, || gone().then_some(()));
+    }
 }
 
 /// Before a promised function is free: `serve` would give it to this guest again.
@@ -143,7 +162,7 @@ fn orphan(host: &Host<'_>, guest: &Guest, function: &Function, options: &Options
     }
     let others = rights::others(host, guest.domid, sbdf);
     let link = Link { driver: 0, guest: guest.domid };
-    let port = host.store.read(0, &link.front("event-channel")).and_then(|text| text.parse().ok());
+    let port = frontend_port(host, &link);
     let forgotten = transaction(host.store, |tx| {
         host.store.remove(tx, &nodes::record(sbdf, "domid"))?;
         // The guest's end is removed with the last function, if its backend is gone as well.
@@ -160,13 +179,8 @@ fn orphan(host: &Host<'_>, guest: &Guest, function: &Function, options: &Options
     });
     // Its end goes with the device, after its driver has let go. Every access to configuration space takes the guest two
     // seconds now that nobody answers. A guest that takes longer than is waited for loses the device under its driver.
-    if let (Ok(()), Some(port)) = (forgotten, port) {
-        let gone = || host.xen.port_is_closed(guest.domid, port).unwrap_or(true);
-        let removed = host.store.read(0, &link.front("state")).is_none();
-        if removed && !gone() {
-            eprintln!("xl-pciback: {sbdf}: waiting for guest {:?} to remove it", guest.name);
-            host.wait(options.timeout, || gone().then_some(()));
-        }
+    if forgotten.is_ok() {
+        wait_removed(host, &link, guest, sbdf, port, options.timeout);
     }
     finish(host, guest, function, &others, forgotten, false)
 }

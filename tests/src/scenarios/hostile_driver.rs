@@ -29,7 +29,7 @@ pub(super) fn run(rig: &mut Rig) -> Outcome {
 }
 
 fn attacked(rig: &mut Rig) -> Outcome {
-    let node = |name: &str| format!("/local/domain/$(xl domid {HOSTILE})/data/pciback/hostile/{name}");
+    let node = |name: &str| format!("/local/domain/$(domid {HOSTILE})/data/pciback/hostile/{name}");
     rig.wait("the attack to end", 240, &format!("xenstore-read {}", node("done")))?;
     // EPERM where the function or the guest is not its own, EINVAL where the pirq or the address is not.
     for (name, expected) in [

@@ -12,14 +12,14 @@ fn serves(rig: &mut Rig, name: &str) -> Outcome {
 }
 
 pub(super) fn run(rig: &mut Rig) -> Outcome {
-    let gone = format!("! xl domid {DRIVER}");
+    let gone = format!("! domid {DRIVER}");
     rig.must(&format!("xl shutdown {DRIVER}"))?;
     rig.wait("xl shutdown to end the driver domain", 60, &gone)?;
     rig.start_driver()?;
     let first = rig.domid(DRIVER)?.unwrap_or_default();
 
     rig.must(&format!("xl reboot {DRIVER}"))?;
-    rig.wait("xl reboot to bring a new driver domain", 60, &format!("id=$(xl domid {DRIVER}) && [ $id != {first} ]"))?;
+    rig.wait("xl reboot to bring a new driver domain", 60, &format!("id=$(domid {DRIVER}) && [ $id != {first} ]"))?;
     rig.wait_published("state", "ready")?;
     serves(rig, "g1")?;
 

@@ -39,7 +39,7 @@ fn keeps(rig: &mut Rig) -> Outcome {
     has_drive(rig, "g1")?;
 
     rig.guest("g1", "(sleep 0.3; reboot -f) >/dev/null 2>&1 & echo soon")?;
-    rig.wait("g1's new domain", 90, &format!("id=$(xl domid g1) && [ $id != {first} ]"))?;
+    rig.wait("g1's new domain", 90, &format!("id=$(domid g1) && [ $id != {first} ]"))?;
     rig.wait_up("g1", 2)?;
     has_drive(rig, "g1")?;
 
@@ -74,12 +74,12 @@ fn keeps(rig: &mut Rig) -> Outcome {
     // A guest that crashes, while nobody is there to see it.
     rig.stop_serve("KILL")?;
     rig.guest("g1", "(sleep 0.3; echo c >/proc/sysrq-trigger) >/dev/null 2>&1 & echo soon")?;
-    rig.wait("g1 to be gone", 60, "! xl domid g1")?;
+    rig.wait("g1 to be gone", 60, "! domid g1")?;
     rig.run("rm -f /var/log/xen/guest-g1.log")?;
     rig.create_and_wait(Guest::named("g1"))?;
     // Killed in the middle of attaching it, when each of these is there for the first time: what is half done is taken
     // back, and done again. One that was listed, the driver domain has refused meanwhile, if it needs serve.
-    let listed = "/local/domain/$(xl domid pciback0)/backend/pci/$(xl domid g1)/0";
+    let listed = "/local/domain/$(domid pciback0)/backend/pci/$(domid g1)/0";
     for node in ["/pciback/assignable/0000-01-00-0/assigning", &format!("{listed}/dev-0"), &format!("{listed}/vdev-0")]
     {
         rig.start_serve()?;
@@ -93,6 +93,12 @@ fn keeps(rig: &mut Rig) -> Outcome {
         }
     }
     rig.start_serve()?;
+    if rig.boot.has_serve() {
+        rig.wait_published("serve", "connected")?;
+    }
+    // Its driver may have begun while nothing could be written.
+    let bound = "[ -b /dev/nvme0n1 ] || { echo 0000:00:00.0 >/sys/bus/pci/drivers/nvme/bind; false; }";
+    rig.guest_wait("g1", "its driver to have the drive", 60, bound)?;
     has_drive(rig, "g1")?;
     let half = rig.run("xenstore-read /pciback/assignable/0000-01-00-0/assigning 2>/dev/null || echo none")?;
     check!(half.trim() == "none", "an attachment is said to be under way after its end: {half}");
@@ -104,7 +110,7 @@ fn keeps(rig: &mut Rig) -> Outcome {
     rig.create_and_wait(Guest::named("g1"))?;
     rig.must("xl destroy g5")?;
     has_drive(rig, "g1")?;
-    let left = rig.run("xenstore-ls -f /local/domain/$(xl domid pciback0)/backend | grep -c '/state = ' || true")?;
+    let left = rig.run("xenstore-ls -f /local/domain/$(domid pciback0)/backend | grep -c '/state = ' || true")?;
     check!(left.trim() == "1", "{} backends are listed, one guest is there", left.trim());
     Ok(())
 }

@@ -7,7 +7,7 @@ pub(super) fn run(rig: &mut Rig) -> Outcome {
     let first = rig.create_with_drive("g1")?;
     rig.check_disk("g1", 0, 8)?;
     rig.guest("g1", "(sleep 1; reboot -f) >/dev/null 2>&1 & echo soon")?;
-    rig.wait("g1's new domain", 60, &format!("id=$(xl domid g1) && [ $id != {first} ]"))?;
+    rig.wait("g1's new domain", 60, &format!("id=$(domid g1) && [ $id != {first} ]"))?;
     rig.wait_device(NVME, "ready")?;
     rig.attach("g1", NVME)?;
     rig.wait_up("g1", 2)?;

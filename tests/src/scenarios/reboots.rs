@@ -48,7 +48,7 @@ fn reboots(rig: &mut Rig, times: u32) -> Outcome {
             rig.guest(name, "(sleep 0.2; reboot -f) >/dev/null 2>&1 & echo soon")?;
         }
         for ((name, ..), number) in GUESTS.into_iter().zip(&mut numbers) {
-            rig.wait(&format!("{name}'s new domain"), 90, &format!("id=$(xl domid {name}) && [ $id != {number} ]"))?;
+            rig.wait(&format!("{name}'s new domain"), 90, &format!("id=$(domid {name}) && [ $id != {number} ]"))?;
             *number = rig.domid(name)?.unwrap_or_default();
         }
         // Not before they are up: what is attached between Linux's look at its devices and its watch on them is not seen.

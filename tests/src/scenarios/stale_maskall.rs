@@ -34,7 +34,7 @@ pub(super) fn run(rig: &mut Rig) -> Outcome {
     no_decode(rig)?;
     // The driver domain is late: Xen takes the guest down first, and so meets the card without memory decode.
     rig.must(&format!("xl pause {DRIVER}"))?;
-    let destroyed = rig.must("xl destroy g1").and_then(|_| rig.wait("g1 to be gone", 30, "! xl domid g1"));
+    let destroyed = rig.must("xl destroy g1").and_then(|_| rig.wait("g1 to be gone", 30, "! domid g1"));
     let dirty = rig.msix_control(NIC, CAPABILITY);
     rig.must(&format!("xl unpause {DRIVER}"))?;
     destroyed?;
