@@ -79,10 +79,9 @@ pub fn published(driver: u32, sbdf: Sbdf, node: &str) -> String {
     format!("/local/domain/{driver}/data/pciback/device/{}/{node}", folder(sbdf))
 }
 
-/// One of this tool's records: `driver`, what had the function in dom0; `registers`, what was set in it then; `domid`, the guest that has it;
-/// `assigning`, the guest that a process is about to give it to, and that process (0: one that was killed, and it is to be
-/// taken back);
-/// `released`, the guest that it was detached from by hand.
+/// One of this tool's records: `driver`, what had the function in dom0; `registers`, what was set in it then; `domid`, the
+/// guest that has it; `assigning`, the guest that a process is about to give it to, and that process (0: one that was
+/// killed, and it is to be taken back); `released`, the guest that it was detached from by hand.
 pub fn record(sbdf: Sbdf, node: &str) -> String {
     format!("{RECORDS}/{}/{node}", folder(sbdf))
 }
