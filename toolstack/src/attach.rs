@@ -22,7 +22,7 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 /// The first pause between two looks at what is waited for, and the longest: each look costs xenstored work, which the
 /// domains that are waited for need as well.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
-const LONGEST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
 /// Everything the operations work on.
 pub struct Host<'a> {
