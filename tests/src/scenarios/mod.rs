@@ -105,7 +105,7 @@ const EVERYWHERE: &[Boot] = &Boot::ALL;
 const DELEGATED: &[Boot] = &[Boot::Plain];
 
 /// All of them.
-pub const ALL: [Scenario; 33] = [
+pub const ALL: [Scenario; 34] = [
     scenario("nvme", STOCK, "a guest reads and writes an NVMe drive, with interrupts", nvme::run),
     scenario("nic", STOCK, "a guest uses a network card", nic::run),
     scenario("two-guests", STOCK, "two guests use a device each at once", two_guests::run),
@@ -136,7 +136,8 @@ pub const ALL: [Scenario; 33] = [
         "Xen's stale MASKALL is found and reset for the next guest",
         stale_maskall::run,
     ),
-    scenario("killed-enabling", EVERYWHERE, "guests die while their vectors are being mapped", killed_enabling::run),
+    scenario("killed-enabling", EVERYWHERE, "guests die while their vectors are being mapped", killed_enabling::three),
+    scenario("killed-often", EVERYWHERE, "many guests die so", killed_enabling::twelve),
     scenario("foreign", &[Boot::Changed], "Xen refuses a function that is not the driver domain's", foreign::run),
     scenario("serve-killed", DELEGATED, "dom0's service ends under I/O and during attachments", serve_killed::run),
     scenario("promises", EVERYWHERE, "guests get what is promised to their names, whatever ends", promises::run),
@@ -157,7 +158,7 @@ pub const ALL: [Scenario; 33] = [
     scenario("store-load", STOCK, "all works while xenstored is busy for others", store_load::run),
     scenario("alone", &[Boot::Writable], "with mmcfg=0 a drive works without dom0's service, too", alone::run),
     scenario("bus-reset", STOCK, "dom0 resets a drive by its bus where the configuration says so", bus_reset::run),
-    scenario("reboots", EVERYWHERE, "reboots of a guest with MSI-X leak nothing", reboots::ten),
+    scenario("reboots", EVERYWHERE, "reboots of a guest with MSI-X leak nothing", reboots::five),
     scenario("fifty-reboots", EVERYWHERE, "fifty of them leak nothing", reboots::fifty),
 ];
 
@@ -180,7 +181,7 @@ const WITH_MMCFG_OFF: [&str; 13] = [
 ];
 
 /// What only `--long` runs.
-const LONG: [&str; 1] = ["fifty-reboots"];
+const LONG: [&str; 2] = ["fifty-reboots", "killed-often"];
 
 /// What one release is enough for in the test: nothing in it is another on the newer one.
 const ONCE: [&str; 2] = ["command-line", "reboots"];

@@ -1,22 +1,22 @@
 //! dom0's tool refuses what cannot work, says why, and leaves nothing behind.
 
 use crate::check;
-use crate::dom0::{DRIVER, Guest, NIC, NVME, Outcome, Rig, SPARE, changes};
+use crate::dom0::{DRIVER, Guest, NIC, NVME, Outcome, Rig, SPARE};
 use crate::tools::tail;
 
 /// Runs commands, each of which must fail with a code and a message that holds one of the words; none must change xenstore.
 /// A listing takes xenstored long here, so there are two for all of them.
 fn refused(rig: &mut Rig, commands: &[(&str, i32, &[&str])]) -> Outcome {
-    let before = rig.store()?;
+    rig.note_store()?;
     for (command, code, words) in commands {
         let (got, said) = rig.exec(command)?;
         check!(got == *code, "`{command}` ended with {got}, not {code}: {}", tail(&said, 5));
         let lower = said.to_lowercase();
         check!(words.iter().any(|word| lower.contains(word)), "`{command}` says none of {words:?}: {}", tail(&said, 5));
     }
-    let changed = changes(&before, &rig.store()?);
+    let changed = rig.changed()?;
     let names: Vec<&str> = commands.iter().map(|(command, ..)| *command).collect();
-    check!(changed.is_empty(), "one of {names:?} failed and left changes in xenstore:\n{}", changed.join("\n"));
+    check!(changed.is_empty(), "one of {names:?} failed and left changes in xenstore:\n{changed}");
     Ok(())
 }
 
@@ -30,10 +30,8 @@ pub(super) fn run(rig: &mut Rig) -> Outcome {
     rig.run("insmod /modules/e1000e.ko")?;
     rig.wait("dom0's e1000e", 30, &format!("[ -e /sys/bus/pci/devices/{SPARE}/driver ]"))?;
     rig.create_and_wait(Guest::named("g1"))?;
-    // These two need not do anything.
-    rig.create(Guest { passthrough: false, ..Guest::named("g2") })?;
-    rig.create(Guest::named("g3"))?;
-    rig.must("xl pause g2; xl pause g3")?;
+    rig.create_paused(Guest { passthrough: false, ..Guest::named("g2") })?;
+    rig.create_paused(Guest::named("g3"))?;
     let refusals = refused(
         rig,
         &[

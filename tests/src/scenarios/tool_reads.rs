@@ -2,7 +2,7 @@
 //! finds what is wrong in a damaged one. Neither changes anything.
 
 use crate::check;
-use crate::dom0::{DRIVER, Guest, NIC, NVME, Outcome, Rig, Stop, changes};
+use crate::dom0::{DRIVER, Guest, NIC, NVME, Outcome, Rig, Stop};
 
 /// What `list --json` says of a function: the text of its object, without blanks.
 fn listed(rig: &mut Rig, bdf: &str) -> Outcome<String> {
@@ -20,7 +20,7 @@ fn says(rig: &mut Rig, bdf: &str, words: &[&str]) -> Outcome {
 }
 
 pub(super) fn run(rig: &mut Rig) -> Outcome {
-    let before = rig.store()?;
+    rig.note_store()?;
     for bdf in [NVME, NIC] {
         says(rig, bdf, &["\"state\":\"ready\"", "\"guest\":null", &format!("\"mode\":\"{}\"", rig.boot.mode())])?;
     }
@@ -37,8 +37,8 @@ pub(super) fn run(rig: &mut Rig) -> Outcome {
             rig.exec(&format!("sed 's/{from}/{to}/' /tmp/{DRIVER}.cfg > /tmp/bad.cfg; xl-pciback check /tmp/bad.cfg"))?;
         check!(code == 3 && said.contains(word), "`check` of a file with {to} ended with {code}: {said}");
     }
-    let changed = changes(&before, &rig.store()?);
-    check!(changed.is_empty(), "`list` and `check` changed xenstore:\n{}", changed.join("\n"));
+    let changed = rig.changed()?;
+    check!(changed.is_empty(), "`list` and `check` changed xenstore:\n{changed}");
 
     let domid = rig.create(Guest::named("g1"))?;
     rig.attach("g1", NVME)?;
