@@ -107,11 +107,11 @@ type Undo<'a> = Vec<(&'static str, Box<dyn Fn() -> Result<(), i32> + 'a>)>;
 /// # Errors
 /// The first thing that is wrong; nothing is left behind.
 pub fn attach(host: &Host<'_>, guest: &str, sbdf: Sbdf, options: &Options) -> Outcome<String> {
-    let guest = host.domains.guest(guest)?;
+    let (guest, drivers) = host.domains.guest_and_drivers(guest)?;
     let function = host.sysfs.function(sbdf)?;
     check_guest(&guest)?;
     check_function(&function)?;
-    let driver = find_driver(host.domains.drivers()?, sbdf, options.driver.as_deref())?;
+    let driver = find_driver(drivers, sbdf, options.driver.as_deref())?;
     let link = Link { driver: driver.domid, guest: guest.domid };
     check_driver(host, &driver, &guest, &function)?;
     check_owner(host, &link, &guest, sbdf)?;

@@ -86,6 +86,13 @@ pub trait Domains {
     /// # Errors
     /// `xl list` does not answer.
     fn drivers(&self) -> Outcome<Vec<Driver>>;
+    /// Both.
+    ///
+    /// # Errors
+    /// As for each.
+    fn guest_and_drivers(&self, name: &str) -> Outcome<(Guest, Vec<Driver>)> {
+        Ok((self.guest(name)?, self.drivers()?))
+    }
     /// Facts about the hypervisor.
     ///
     /// # Errors
@@ -145,6 +152,15 @@ impl Domains for Xl {
         })
     }
 
+    /// xl is asked once, unless that does not find the guest: each start of it takes longer than the rest of an attachment.
+    fn guest_and_drivers(&self, name: &str) -> Outcome<(Guest, Vec<Driver>)> {
+        let text = xl(&["list", "-l"])?;
+        match (find_guest(&text, name), parse_drivers(&text)) {
+            (Some(guest), Some(drivers)) => Ok((guest, drivers)),
+            _ => Ok((self.guest(name)?, self.drivers()?)),
+        }
+    }
+
     fn xen(&self) -> Outcome<XenInfo> {
         Ok(parse_info(&xl(&["info"])?))
     }
@@ -175,6 +191,13 @@ fn parse_guest(text: &str) -> Answer {
     let Ok(Value::Array(domains)) = serde_json::from_str(text) else { return Answer::Strange };
     let Some(domain) = domains.first() else { return Answer::Starting };
     guest_of(domain).map_or(Answer::Strange, Answer::Known)
+}
+
+/// The guest with this name or number in what `xl list -l` says of all.
+fn find_guest(text: &str, name: &str) -> Option<Guest> {
+    let Ok(Value::Array(domains)) = serde_json::from_str(text) else { return None };
+    let number: Option<u32> = name.parse().ok();
+    domains.iter().filter_map(guest_of).find(|guest| number.map_or(guest.name == name, |domid| guest.domid == domid))
 }
 
 fn domid_of(domain: &Value) -> Option<u32> {
@@ -235,6 +258,18 @@ mod tests {
         assert_eq!(found.passthrough, "enabled");
         let found = guest(r#"[{"domid":3,"config":{"c_info":{"type":"pv","name":"a"},"b_info":{"type.pv":{}}}}]"#);
         assert_eq!((found.e820_host, found.passthrough.as_str()), (false, "disabled"));
+    }
+
+    #[test]
+    fn a_guest_is_found_among_all_by_name_or_number() {
+        let text = r#"[{"domid":0},{"domid":3,"config":{"c_info":{"type":"pv","name":"db1"},"b_info":{"type.pv":{}}}},
+            {"domid":4,"config":{"c_info":{"type":"pv","name":"3x"},"b_info":{"type.pv":{}}}}]"#;
+        for (name, domid) in
+            [("db1", Some(3)), ("3", Some(3)), ("3x", Some(4)), ("4", Some(4)), ("5", None), ("", None)]
+        {
+            assert_eq!(find_guest(text, name).map(|guest| guest.domid), domid, "{name:?}");
+        }
+        assert_eq!(find_guest("nonsense", "db1"), None);
     }
 
     /// The rig's "reboot" on Xen 4.17: the new domain's name was there before its configuration.
