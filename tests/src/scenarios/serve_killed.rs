@@ -67,6 +67,17 @@ pub(super) fn run(rig: &mut Rig) -> Outcome {
         rig.must(&format!("xl-pciback detach g1 {NIC}"))?;
         rig.wait_device(NIC, "ready")?;
     }
+    // And one by hand that is killed is taken back by the service.
+    let record = "/pciback/assignable/0000-00-05-0";
+    rig.must(&format!(
+        "xl-pciback attach g1 {NIC} >/tmp/attach 2>&1 & p=$!; n=0; until xenstore-read {record}/assigning >/dev/null 2>&1; do \
+         n=$((n+1)); [ $n -ge 9000 ] && exit 1; usleep 5000; done; kill -KILL $p"
+    ))?;
+    let gone = format!("! xenstore-read {record}/assigning && ! xenstore-read {record}/domid");
+    rig.wait("the service to take back what was half done", 60, &gone)?;
+    rig.wait_device(NIC, "ready")?;
+    rig.attach("g1", NIC)?;
+    rig.must(&format!("xl-pciback detach g1 {NIC}"))?;
     // Its vectors come and go as ever.
     rig.guest("g1", "cd /sys/bus/pci/drivers/nvme; d=$(echo 0000:*); echo $d >unbind; echo $d >bind")?;
     rig.wait_disk("g1")?;

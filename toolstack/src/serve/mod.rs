@@ -55,6 +55,9 @@ const LOOK_UPS: u32 = 20;
 /// After how long a failed look at the domains is repeated.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
+/// After how long an attachment that another program makes is looked at again.
+const LOOK_AT_OTHERS: Duration = Duration::from_secs(10);
+
 /// The least time between two attachments of a function to the same guest is one second, twice as long with each, and at
 /// most two to this power: a guest can have its end taken down as often as it likes.
 const SLOWEST: u32 = 8;
@@ -351,7 +354,10 @@ impl Serve<'_> {
                 }
             }
         }
-        self.adopt();
+        if self.adopt() {
+            // No event would tell that it was killed.
+            self.again.get_or_insert(Instant::now() + LOOK_AT_OTHERS);
+        }
         let view = self.view();
         self.watch_domains(&view);
         let gone: Vec<u32> = self.desks.keys().filter(|domid| !view.domains.contains_key(domid)).copied().collect();
@@ -413,12 +419,16 @@ impl Serve<'_> {
     }
 
     /// A program that attached a function was killed on the way. If the driver domain has exported it, it was at its end;
-    /// if not, the guest counts as the one that has it, and it is taken back ([`is_half_done`]).
-    fn adopt(&self) {
+    /// if not, the guest counts as the one that has it, and it is taken back ([`is_half_done`]). True if another program is
+    /// at it.
+    fn adopt(&self) -> bool {
+        let mut under_way = false;
         for sbdf in self.xen.list(0, nodes::RECORDS).into_iter().filter_map(|folder| nodes::of_folder(&folder)) {
             let Some((guest, process)) = assigning(self.xen, sbdf) else { continue };
             let own = process == std::process::id();
-            if process == TAKEN_UP || own && self.busy.contains(&guest) || !own && is_ours(process) {
+            let others = !own && is_ours(process);
+            under_way |= others;
+            if process == TAKEN_UP || own && self.busy.contains(&guest) || others {
                 continue;
             }
             let note = nodes::record(sbdf, "assigning");
@@ -442,6 +452,7 @@ impl Serve<'_> {
                 eprintln!("xl-pciback: warning: {sbdf}: xenstore refuses to remember it: {}", errno(number));
             }
         }
+        under_way
     }
 
     /// What is there now.
