@@ -106,6 +106,8 @@ struct Serve<'a> {
     /// The drivers are to be asked for anew, and when if that failed.
     stale: bool,
     again: Option<Instant>,
+    /// When to look at an attachment that another program makes.
+    others: Option<Instant>,
     /// How often a domain that says something like a driver domain was looked up.
     looked_up: BTreeMap<u32, u32>,
     /// Attachments that were made: how often, and before when not to be made again.
@@ -141,6 +143,7 @@ pub fn serve(xen: &Xen, sysfs: &Sysfs, options: Options) -> Outcome<()> {
         watched: BTreeSet::new(),
         stale: true,
         again: None,
+        others: None,
         looked_up: BTreeMap::new(),
         made: BTreeMap::new(),
         workers: Vec::new(),
@@ -299,7 +302,12 @@ impl Serve<'_> {
         let retries = self.failed.values().filter_map(|failed| failed.again);
         let now = Instant::now();
         let made = self.made.values().map(|(_, due)| *due).filter(|due| *due > now);
-        retries.chain(self.reminders.values().map(|(due, _)| *due)).chain(self.again).chain(made).min()
+        retries
+            .chain(self.reminders.values().map(|(due, _)| *due))
+            .chain(self.again)
+            .chain(self.others)
+            .chain(made)
+            .min()
     }
 
     /// Something is due: reminds guests, and lets failed attachments be tried again. True if those are to be looked at.
@@ -316,9 +324,8 @@ impl Serve<'_> {
             (failed.again, failed.state) = (None, String::new());
             any = true;
         }
-        if self.again.is_some_and(|again| again <= now) {
-            self.again = None;
-            any = true;
+        for due in [&mut self.again, &mut self.others] {
+            any |= due.take_if(|due| *due <= now).is_some();
         }
         any
     }
@@ -354,10 +361,8 @@ impl Serve<'_> {
                 }
             }
         }
-        if self.adopt() {
-            // No event would tell that it was killed.
-            self.again.get_or_insert(Instant::now() + LOOK_AT_OTHERS);
-        }
+        // No event would tell that it was killed; its end takes the note away, which is one.
+        self.others = self.adopt().then(|| Instant::now() + LOOK_AT_OTHERS);
         let view = self.view();
         self.watch_domains(&view);
         let gone: Vec<u32> = self.desks.keys().filter(|domid| !view.domains.contains_key(domid)).copied().collect();
