@@ -101,11 +101,9 @@ pub fn record(store: &dyn Store, sbdf: Sbdf) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sysfs::Resource;
+    use crate::serve::rules::tests::function;
 
-    const BAR: u64 = 0x38_0000_4000;
-
-    /// A function with a 64-bit BAR, ports, and a PCI Express capability at 0x60.
+    /// What that function reads, with a PCI Express capability at 0x60.
     fn space() -> Vec<u8> {
         let mut space = vec![0; 4096];
         let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
@@ -122,23 +120,6 @@ mod tests {
         put(0x70, &[0x40, 0]);
         put(0x88, &[0x05, 0]);
         space
-    }
-
-    fn function() -> Function {
-        let mut resources = [Resource::default(); 7];
-        resources[0] = Resource { start: BAR, end: BAR + 0x3fff, flags: 0x14_0204 };
-        resources[2] = Resource { start: 0xc000, end: 0xc01f, flags: 0x4_0101 };
-        Function {
-            sbdf: "0000:01:00.0".parse().unwrap(),
-            id: (0x8086, 0x10d3),
-            class: 0x02_0000,
-            header_type: 0,
-            is_virtual: false,
-            resources,
-            irq: 0,
-            driver: None,
-            driver_override: None,
-        }
     }
 
     /// Puts back into a file that reads `space`, and returns what it reads then.

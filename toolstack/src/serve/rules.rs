@@ -225,7 +225,7 @@ impl Rules {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
 
     const BAR: u64 = 0x38_0000_4000;
@@ -250,7 +250,8 @@ mod tests {
         space
     }
 
-    fn function() -> Function {
+    /// A function with a 64-bit BAR at [`BAR`], ports and a ROM.
+    pub fn function() -> Function {
         let mut resources = [Resource::default(); 7];
         resources[0] = Resource { start: BAR, end: BAR + 0x3fff, flags: 0x14_0204 };
         resources[2] = Resource { start: 0xc000, end: 0xc01f, flags: 0x4_0101 };
