@@ -3,6 +3,7 @@
 
 use crate::check;
 use crate::dom0::{AHCI, DRIVER, Guest, NVME, Outcome, Rig};
+use crate::machine::{SATA_SEED, pattern_sum};
 use crate::scenarios::Boot;
 
 /// What a reset leaves of Command and the base address registers.
@@ -47,7 +48,8 @@ pub(super) fn run(rig: &mut Rig) -> Outcome {
     rig.wait_disk("g1")?;
     rig.check_disk("g1", 0, 8)?;
     rig.guest_wait("g1", "its SATA drive", 60, "[ -b /dev/sda ]")?;
-    rig.guest("g1", "rig-agent sum /dev/sda 0 4")?;
+    let (got, wanted) = (rig.guest("g1", "rig-agent sum /dev/sda 0 4")?, pattern_sum(SATA_SEED, 4));
+    check!(got.trim() == wanted, "g1 read {} from its SATA drive, which holds {wanted}", got.trim());
     check!(
         (registers(rig, NVME)?, registers(rig, AHCI)?) == before,
         "the guest has them at other addresses than dom0 knows"
