@@ -450,17 +450,8 @@ impl Rig {
 
     /// Waits until the driver domain publishes a value.
     pub fn wait_published(&mut self, node: &str, value: &str) -> Outcome {
-        // The domain is looked up anew only when it is not there any more.
-        let (what, looks) = (format!("{DRIVER} to publish {node}={value}"), 60 * 4);
-        let looped = format!(
-            "d=$(domid {DRIVER}); n=0; until v=$(xenstore-read /local/domain/$d/data/pciback/{node} 2>&1); [ \"$v\" = {value} ]; do \
-             n=$((n+1)); [ $n -ge {looks} ] && {{ echo \"$v\"; exit 1; }}; sleep 0.25; \
-             xenstore-read /local/domain/$d/name >/dev/null 2>&1 || d=$(domid {DRIVER}); done"
-        );
-        let reply = self.machine.exec(400, &looped)?;
-        let said = String::from_utf8_lossy(&reply.output).into_owned();
-        check!(reply.code == 0, "waited for {what}. {}", tail(&said, 5));
-        Ok(())
+        let read = format!("xenstore-read {PUBLISHED}/{node}");
+        self.wait(&format!("{DRIVER} to publish {node}={value}"), 60, &format!("[ \"$({read})\" = {value} ]"))
     }
 
     /// Asks the driver domain for its counters.

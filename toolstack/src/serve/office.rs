@@ -236,14 +236,10 @@ impl<'a> Office<'a> {
     fn prepare(&mut self, sbdf: Sbdf) -> Result<u32, Refusal> {
         self.owned(sbdf)?;
         let Some(function) = self.functions.get_mut(&sbdf) else { return Err((PhysdevError::NoDevice, None)) };
-        let read = reader(&self.sysfs, sbdf, function)?;
-        let rules = rules(&self.sysfs, sbdf, function)?;
-        if !rules.has_msix() {
+        if !rules(&self.sysfs, sbdf, function)?.has_msix() {
             return refused(PhysdevError::NoDevice, "prepare_msix for a function without MSI-X");
         }
-        if !rules.is_in_place(&read) {
-            self.mend(sbdf, "prepare_msix")?;
-        }
+        self.in_place(sbdf, "prepare_msix")?;
         self.calls.prepare_msix(sbdf).map(|()| 0).map_err(xen)
     }
 
@@ -252,36 +248,33 @@ impl<'a> Office<'a> {
         self.owned(sbdf)?;
         let Some(function) = self.functions.get_mut(&sbdf) else { return Err((PhysdevError::NoDevice, None)) };
         let read = reader(&self.sysfs, sbdf, function)?;
-        if function.journal.mapped().is_empty() {
-            // Asked for a function without MSI-X, before anything else.
-            let free = self.store.read(0, &nodes::record(sbdf, "domid")).is_none();
-            if free && !rules(&self.sysfs, sbdf, function)?.is_in_place(&read) {
-                self.mend(sbdf, "restore_msi")?;
-            }
-        } else {
+        let mapped = !function.journal.mapped().is_empty();
+        if mapped {
             let held = read(offset::COMMAND, Width::Word).unwrap_or(u32::MAX) as u16;
             if held == u16::MAX || held & command::MEMORY == 0 {
                 return Err((PhysdevError::NoMemoryDecode, None));
             }
-            if !rules(&self.sysfs, sbdf, function)?.is_in_place(&read) {
-                return refused(
-                    PhysdevError::Invalid,
-                    "restore_msi while its base address registers are not what dom0 set",
-                );
-            }
+        }
+        // Without vectors Xen writes nothing: it is how a driver domain begins with a function without MSI-X.
+        if mapped || self.store.read(0, &nodes::record(sbdf, "domid")).is_none() {
+            self.in_place(sbdf, "restore_msi")?;
         }
         self.calls.restore_msi(sbdf).map(|()| 0).map_err(xen)
     }
 
-    /// A driver domain that died in a reset has left the function without addresses: they are put back for the next one,
-    /// which begins with such a call, while nobody has the function.
-    fn mend(&mut self, sbdf: Sbdf, call: &str) -> Result<(), Refusal> {
+    /// The registers must be where dom0 knows them. A driver domain that died in a reset has left the function without
+    /// addresses: they are put back for the next one, which begins with such a call, while nobody has the function.
+    fn in_place(&mut self, sbdf: Sbdf, call: &str) -> Result<(), Refusal> {
         let store = self.store;
-        let used = store.read(0, &nodes::record(sbdf, "domid")).is_some();
         let Some(function) = self.functions.get_mut(&sbdf) else { return Err((PhysdevError::NoDevice, None)) };
+        let read = reader(&self.sysfs, sbdf, function)?;
+        if rules(&self.sysfs, sbdf, function)?.is_in_place(&read) {
+            return Ok(());
+        }
         let (Some(space), Some(rules)) = (&function.space, &function.rules) else {
             return Err((PhysdevError::NoDevice, None));
         };
+        let used = store.read(0, &nodes::record(sbdf, "domid")).is_some();
         if used || !function.journal.mapped().is_empty() {
             return refused(
                 PhysdevError::Invalid,
