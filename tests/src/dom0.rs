@@ -40,11 +40,10 @@ const PANIC: &str = "Kernel panic";
 /// once in full, with QEMU 7.2, where Linux patches sched_clock_cpu while it boots; a device or its backend cannot do it.
 pub const BREAKPOINT: &str = "int3: 0000 [#";
 
-/// What Xen says of a domain that faults while a fault is being delivered. Under QEMU's emulation it comes without a fault
-/// of the domain's, at an exit from the domain: seen right behind the hypercall it sleeps in, behind a time stamp counter
-/// that Xen emulates (also in a probe of a few instructions that only read it), at the first use of an SSE register, which
-/// Xen intercepts, and once with Xen's own instruction pointer, stack and page tables in the domain's saved state. The more
-/// exits, the more often: with QEMU 7.2 in most runs of the whole test, with QEMU 10.0 once in some fifty scenarios.
+/// What Xen says of a domain that faults while a fault is being delivered. Under QEMU's emulation it came without a fault of
+/// the domain's, at the first instruction behind an exit from it, or with Xen's own registers saved as the domain's: in every
+/// other run of a scenario with many exits, until domains were kept off the first processor, where the emulation loses
+/// flags (`XL_CONF` in packages.rs says how). It has not been seen since.
 pub const TRIPLE_FAULT: &str = "Triple fault";
 
 /// Why a scenario ended early.

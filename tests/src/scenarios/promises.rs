@@ -6,6 +6,12 @@ use crate::check;
 use crate::dom0::{DRIVER, Guest, NVME, Outcome, Rig, device_node};
 use crate::scenarios::Boot;
 
+/// The guest that was promised a drive. A driver that begins while nothing can be written waits for its first command in
+/// vain, by itself a minute.
+fn promised() -> Guest<'static> {
+    Guest { extra: "nvme-core.admin_timeout=15", ..Guest::named("g1") }
+}
+
 /// The guest has its drive, and the driver domain says so.
 fn has_drive(rig: &mut Rig, name: &str) -> Outcome {
     let domid = rig.domid(name)?.unwrap_or_default();
@@ -35,7 +41,7 @@ pub(super) fn run(rig: &mut Rig) -> Outcome {
 }
 
 fn keeps(rig: &mut Rig) -> Outcome {
-    let first = rig.create_and_wait(Guest::named("g1"))?;
+    let first = rig.create_and_wait(promised())?;
     has_drive(rig, "g1")?;
 
     rig.guest("g1", "(sleep 0.3; reboot -f) >/dev/null 2>&1 & echo soon")?;
@@ -53,7 +59,7 @@ fn keeps(rig: &mut Rig) -> Outcome {
         let reason = rig.published(&device_node(NVME, "reason"))?;
         check!(reason.contains("vectors of a guest are still mapped"), "the reason is {reason:?}");
         rig.must("xl destroy g1; rm -f /var/log/xen/guest-g1.log")?;
-        rig.create_and_wait(Guest::named("g1"))?;
+        rig.create_and_wait(promised())?;
     }
     has_drive(rig, "g1")?;
 
@@ -76,7 +82,7 @@ fn keeps(rig: &mut Rig) -> Outcome {
     rig.guest("g1", "(sleep 0.3; echo c >/proc/sysrq-trigger) >/dev/null 2>&1 & echo soon")?;
     rig.wait("g1 to be gone", 60, "! domid g1")?;
     rig.run("rm -f /var/log/xen/guest-g1.log")?;
-    rig.create_and_wait(Guest::named("g1"))?;
+    rig.create_and_wait(promised())?;
     // Killed in the middle of attaching it, when each of these is there for the first time: what is half done is taken
     // back, and done again. One that was listed, the driver domain has refused meanwhile, if it needs serve.
     let listed = "/local/domain/$(domid pciback0)/backend/pci/$(domid g1)/0";
@@ -107,7 +113,7 @@ fn keeps(rig: &mut Rig) -> Outcome {
     rig.must("xl rename g1 g5")?;
     let (_, listed) = rig.exec(&format!("xl-pciback list | grep {NVME}"))?;
     check!(listed.contains("g5"), "a renamed guest lost its drive: {listed}");
-    rig.create_and_wait(Guest::named("g1"))?;
+    rig.create_and_wait(promised())?;
     rig.must("xl destroy g5")?;
     has_drive(rig, "g1")?;
     let left = rig.run("xenstore-ls -f /local/domain/$(domid pciback0)/backend | grep -c '/state = ' || true")?;
