@@ -83,8 +83,8 @@ pub fn run(built: &Built, release: Release, boot: Boot) -> Outcome {
 
     let mut text = format!(
         "# Measured beside Linux's xen-pciback\n\nWritten by `cargo xtask bench` on Xen {}. Both backends served the same guest (PV Linux, 2 vCPUs) and the same\n\
-         emulated NVMe drive in one boot of {} under QEMU's software emulation; only the ratios\n\
-         mean something elsewhere.\n\n\
+         emulated NVMe drive in one boot of {} under QEMU's software emulation with two processors; the driver\n\
+         domain runs on the second one only, because of the emulator (CONTRIBUTING.md). Only the ratios mean something elsewhere.\n\n\
          | figure | driver domain | xen-pciback | ratio | bound |\n| --- | ---: | ---: | ---: | --- |\n",
         release.xen(),
         match boot {

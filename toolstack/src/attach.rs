@@ -307,21 +307,26 @@ fn check_driver(host: &Host<'_>, driver: &Driver, guest: &Guest, function: &Func
     Ok(())
 }
 
-/// A driver domain that may not write asks `serve`, and until that has connected a guest could only look at its device.
+/// Waits for `serve` where it takes part, as what a guest finds when its driver begins lasts. Until it has connected, a guest
+/// of a domain that may not write could only look at its device, and with `mode=mmcfg0` it would get no MSI and no MSI-X.
 fn wait_for_serve(host: &Host<'_>, driver: &Driver) {
-    let undecided = || {
-        let mode = told(host.store, &format!("/local/domain/{}/data/pciback/mode", driver.domid));
-        driver.config.mode == Mode::Auto && mode.is_none_or(|mode| mode == "read-only")
+    let published = |node: &str| told(host.store, &format!("/local/domain/{}/data/pciback/{node}", driver.domid));
+    let lacks = || match driver.config.mode {
+        Mode::Auto => published("mode").is_none_or(|mode| mode == "read-only"),
+        Mode::Mmcfg0 => published("serve").is_none_or(|serve| serve == "not connected"),
+        Mode::ReadOnly => false,
     };
-    if !undecided() {
+    if !lacks() {
         return;
     }
-    let waited =
-        serve::is_running(host.store) && host.wait(host.patience / 3, || (!undecided()).then_some(())).is_some();
-    if !waited && undecided() {
+    let waited = serve::is_running(host.store) && host.wait(host.patience / 3, || (!lacks()).then_some(())).is_some();
+    if !waited && lacks() {
+        let (why, so) = match driver.config.mode {
+            Mode::Auto => ("may not write on this Xen and ", "the guest can only look at the device"),
+            _ => ("", "the guest gets no MSI and no MSI-X"),
+        };
         eprintln!(
-            "xl-pciback: warning: driver domain {:?} may not write on this Xen and is not connected to xl-pciback serve: \
-             the guest can only look at the device; start xl-pciback serve",
+            "xl-pciback: warning: driver domain {:?} {why}is not connected to xl-pciback serve: {so}; start xl-pciback serve",
             driver.name
         );
     }

@@ -290,6 +290,10 @@ impl<P: Platform> Backend<P> {
                 changed |= device.advance(self.platform.physdev(), now);
             }
         }
+        if changed {
+            // One that was handed over without dom0 gets to its next guest with it.
+            self.take_control();
+        }
         self.note_due();
         if changed {
             self.publish_devices();

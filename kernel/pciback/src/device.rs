@@ -286,10 +286,12 @@ impl<C: ConfigSpace> Device<C> {
         Ok(())
     }
 
-    /// Whether the function is known and broken, and this domain has no control of it.
+    /// Whether the function is known and broken, and this domain has no control of it, or has made no use of one without
+    /// dom0.
     pub fn is_refused(&self) -> bool {
-        matches!(self.state, State::Broken(_))
-            && self.function.as_ref().is_some_and(|function| function.control.is_none())
+        let Some(function) = self.function.as_ref() else { return false };
+        let unused = |had: &Control| self.untouched && had.reach == Reach::Hardware;
+        matches!(self.state, State::Broken(_)) && function.control.as_ref().is_none_or(unused)
     }
 
     /// Says that the function can't be used, unless a guest uses it or it is known to be broken.

@@ -263,6 +263,37 @@ fn a_function_that_dom0_refuses_is_broken_and_says_where_to_look() {
     assert_eq!(rig.state(NIC), "ready");
 }
 
+/// As above where the domain itself may write: once dom0 lets it have the function, a guest gets all that dom0 takes part
+/// in, also if the function was in use before there was a dom0 to ask.
+#[test]
+fn with_mmcfg_0_a_function_that_dom0_refused_has_its_interrupts_once_it_is_let_have_it() {
+    for used in [false, true] {
+        let world = World::with(Flavour::Mmcfg0);
+        world.plug(NIC, Card::FULL.build());
+        world.dom0.refused.borrow_mut().insert(nic());
+        let mut rig = boot_in(world.clone(), &format!("mode=mmcfg0 {ONE}"));
+        if used {
+            world.retry(NIC);
+            rig.settle();
+            assert_eq!(rig.state(NIC), "ready");
+        }
+        world.serve();
+        rig.settle();
+        assert!(rig.reason(NIC).contains("xl-pciback serve in dom0 answers -EPERM (-1)"), "{}", rig.reason(NIC));
+        world.dom0.refused.borrow_mut().clear();
+        world.retry(NIC);
+        rig.settle();
+        assert_eq!(rig.state(NIC), "ready");
+        let mut guest = rig.attach(1, &[NIC]);
+        rig.settle();
+        guest.connect(&mut rig);
+        guest.enable(&mut rig);
+        guest.enable_msix(&mut rig, &[0, 1]).unwrap_or_else(|errno| panic!("used before: {used}: {errno}"));
+        guest.destroy(&mut rig);
+        assert_eq!((rig.state(NIC).as_str(), mapped(&rig)), ("ready", 0));
+    }
+}
+
 /// A function without a reset of its own is reset by dom0's kernel during the hand-over; others are served meanwhile.
 #[test]
 fn dom0_resets_what_cannot_reset_itself() {

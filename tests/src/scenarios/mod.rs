@@ -164,7 +164,7 @@ pub const ALL: [Scenario; 34] = [
 
 /// What the test runs with `mmcfg=0`: what the way of writing and the hand-over make a difference to. The rest is as
 /// on the same hypervisor without; `cargo xtask test --long` runs all of it.
-const WITH_MMCFG_OFF: [&str; 13] = [
+const WITH_MMCFG_OFF: [&str; 14] = [
     "nvme",
     "two-functions",
     "destroyed",
@@ -178,6 +178,7 @@ const WITH_MMCFG_OFF: [&str; 13] = [
     "alone",
     "bus-reset",
     "lost-addresses",
+    "two-drivers",
 ];
 
 /// What only `--long` runs.
