@@ -293,9 +293,6 @@ impl<P: Platform> Backend<P> {
         if changed {
             // One that was handed over without dom0 gets to its next guest with it.
             self.take_control();
-        }
-        self.note_due();
-        if changed {
             self.publish_devices();
             let waiting: Vec<Link> =
                 self.frontends.iter().filter(|(_, frontend)| frontend.is_waiting()).map(|(link, _)| *link).collect();
@@ -303,6 +300,7 @@ impl<P: Platform> Backend<P> {
                 self.reconcile(link);
             }
         }
+        self.note_due();
     }
 
     fn note_due(&mut self) {
