@@ -310,7 +310,7 @@ fn check_driver(host: &Host<'_>, driver: &Driver, guest: &Guest, function: &Func
 /// Waits for `serve` where it takes part, as what a guest finds when its driver begins lasts. Until it has connected, a guest
 /// of a domain that may not write could only look at its device, and with `mode=mmcfg0` it would get no MSI and no MSI-X.
 fn wait_for_serve(host: &Host<'_>, driver: &Driver) {
-    let published = |node: &str| told(host.store, &format!("/local/domain/{}/data/pciback/{node}", driver.domid));
+    let published = |node: &str| told(host.store, &nodes::own(driver.domid, node));
     let lacks = || match driver.config.mode {
         Mode::Auto => published("mode").is_none_or(|mode| mode == "read-only"),
         Mode::Mmcfg0 => published("serve").is_none_or(|serve| serve == "not connected"),
@@ -335,7 +335,7 @@ fn wait_for_serve(host: &Host<'_>, driver: &Driver) {
 /// Asks the driver domain to hand a function over: a broken one again, as what broke it may be over, or one that it
 /// has not dared to touch. Without an answer, the state as it is counts.
 fn try_again(host: &Host<'_>, driver: &Driver, sbdf: Sbdf) {
-    let node = format!("/local/domain/{}/data/pciback/retry", driver.domid);
+    let node = nodes::own(driver.domid, "retry");
     if host.store.write(0, &node, &pciback::nodes::folder(sbdf)).is_ok() {
         eprintln!("xl-pciback: {sbdf}: asking driver domain {:?} to make it ready", driver.name);
         let seen = || host.store.read(0, &node).is_some_and(|wish| wish.is_empty()).then_some(());

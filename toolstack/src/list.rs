@@ -63,7 +63,7 @@ pub struct Row {
 pub fn rows(host: &Host<'_>) -> Outcome<Vec<Row>> {
     let mut rows = Vec::new();
     for driver in host.domains.drivers()? {
-        let own = |node: &str| told(host.store, &format!("/local/domain/{}/data/pciback/{node}", driver.domid));
+        let own = |node: &str| told(host.store, &nodes::own(driver.domid, node));
         let (mode, mode_why) = (own("mode").unwrap_or_default(), own("mode-why").unwrap_or_default());
         let serve = own("serve").filter(|word| SERVING.contains(&word.as_str()));
         for device in &driver.config.devices {
@@ -102,15 +102,15 @@ pub fn rows(host: &Host<'_>) -> Outcome<Vec<Row>> {
 
 /// Asks the driver domains of `rows` for their counters. What is not told in time stays unknown.
 pub fn count(host: &Host<'_>, rows: &mut [Row]) {
-    let own = |domid: u32, node: &str| format!("/local/domain/{domid}/data/pciback/{node}");
     let mut asked: BTreeSet<u32> = rows.iter().map(|row| row.driver.0).collect();
     // One that has not said anything yet, or no longer, need not be waited for.
     asked.retain(|domid| {
-        host.store.read(0, &own(*domid, "state")).is_some() && host.store.write(0, &own(*domid, "report"), "1").is_ok()
+        host.store.read(0, &nodes::own(*domid, "state")).is_some()
+            && host.store.write(0, &nodes::own(*domid, "report"), "1").is_ok()
     });
     let mut answered = BTreeSet::new();
     host.wait(host.patience.min(COUNTING), || {
-        asked.retain(|domid| match host.store.read(0, &own(*domid, "report")).as_deref() {
+        asked.retain(|domid| match host.store.read(0, &nodes::own(*domid, "report")).as_deref() {
             Some("") => {
                 answered.insert(*domid);
                 false
@@ -121,7 +121,7 @@ pub fn count(host: &Host<'_>, rows: &mut [Row]) {
     });
     for domid in asked {
         // A wish is not left behind.
-        let _ = host.store.remove(0, &own(domid, "report"));
+        let _ = host.store.remove(0, &nodes::own(domid, "report"));
     }
     for row in rows.iter_mut().filter(|row| answered.contains(&row.driver.0)) {
         let node = row.function.parse().ok().map(|sbdf| nodes::published(row.driver.0, sbdf, "counters"));

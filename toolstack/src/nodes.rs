@@ -74,9 +74,14 @@ pub fn of_folder(folder: &str) -> Option<Sbdf> {
     format!("{}.{function}", rest.replace('-', ":")).parse().ok()
 }
 
+/// A node that a driver domain publishes of itself.
+pub fn own(driver: u32, node: &str) -> String {
+    format!("/local/domain/{driver}/data/pciback/{node}")
+}
+
 /// A published node of one function of a driver domain.
 pub fn published(driver: u32, sbdf: Sbdf, node: &str) -> String {
-    format!("/local/domain/{driver}/data/pciback/device/{}/{node}", folder(sbdf))
+    own(driver, &format!("device/{}/{node}", folder(sbdf)))
 }
 
 /// One of this tool's records: `driver`, what had the function in dom0; `registers`, what was set in it then; `domid`, the

@@ -484,7 +484,7 @@ impl Serve<'_> {
         let servers: Vec<Server> = owners(&self.drivers, &domains)
             .into_iter()
             .map(|driver| Server {
-                mode: told(store, &format!("/local/domain/{}/data/pciback/mode", driver.domid)).unwrap_or_default(),
+                mode: told(store, &nodes::own(driver.domid, "mode")).unwrap_or_default(),
                 functions: driver.config.devices.iter().map(|d| (d.sbdf, known(driver.domid, d.sbdf))).collect(),
                 driver,
             })
