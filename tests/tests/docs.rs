@@ -63,7 +63,8 @@ fn rows(document: &str) -> Vec<Row> {
             header = Some(cells);
             continue;
         };
-        if names.last().is_none_or(|name| name != "shown by") || cells.iter().all(|cell| cell.trim_matches('-').is_empty())
+        if names.last().is_none_or(|name| name != "shown by")
+            || cells.iter().all(|cell| cell.trim_matches('-').is_empty())
         {
             continue;
         }
@@ -140,7 +141,9 @@ fn no_row_is_open() {
     let open: Vec<String> = rows("parity.md")
         .iter()
         .filter(|row| row.is_open())
-        .map(|row| format!("{}: {} {}", row.place, row.cell("item").unwrap_or_default(), row.mark().unwrap_or_default().1))
+        .map(|row| {
+            format!("{}: {} {}", row.place, row.cell("item").unwrap_or_default(), row.mark().unwrap_or_default().1)
+        })
         .collect();
     // While the work goes on this tells what is left.
     println!("{} open rows\n{}", open.len(), open.join("\n"));
