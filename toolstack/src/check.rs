@@ -97,6 +97,10 @@ fn examine(
                     "another card is in its place: correct id= or the address",
                 );
             }
+            None if function.is_virtual => say(
+                format!("{sbdf} is a virtual function, which shows its ids to dom0 only"),
+                &format!("add id={} to its dev=", function.id_text()),
+            ),
             _ => {}
         }
         if let Some(driver) = &function.driver {
@@ -233,7 +237,8 @@ mod tests {
         assert!(found[0].contains("is a bridge"));
         let found = problems(GOOD, |function| function.class = 0x06_0100, "mmcfg=0");
         assert!(found[0].contains("class 0601"));
-        let found = problems(GOOD, |function| function.is_virtual = true, "mmcfg=0");
+        assert_eq!(problems(GOOD, |function| function.is_virtual = true, "mmcfg=0"), Vec::<String>::new());
+        let found = problems(&GOOD.replace(",id=1b36:0010", ""), |function| function.is_virtual = true, "mmcfg=0");
         assert!(found[0].contains("virtual function"));
         let found = problems(GOOD, |_| {}, "console=com1");
         assert!(found[0].contains("would end the domain"));

@@ -92,10 +92,6 @@ impl Function {
                 format!("{sbdf} is a bridge (class {base:02x}{sub:02x}) that the host itself needs"),
                 "name a device, not a part of the chipset",
             )),
-            _ if self.is_virtual => Some(Failure::new(
-                format!("{sbdf} is a virtual function (SR-IOV), which this version does not serve"),
-                "pass through the physical function",
-            )),
             _ => None,
         }
     }

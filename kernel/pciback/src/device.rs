@@ -119,8 +119,8 @@ fn recognise<C: ConfigSpace>(entry: &DeviceConfig, hardware: &C) -> Result<Virtu
     if entry.sbdf == Sbdf::new(0, 0, 0) {
         return Err("it is the host bridge, which is never passed through: remove it from dev=".to_string());
     }
-    let config = VirtualConfig::new(hardware).map_err(|refusal| refusal.to_string())?;
-    let (vendor, model) = config.ids();
+    let config = VirtualConfig::new(hardware, entry.id).map_err(|refusal| refusal.to_string())?;
+    let (vendor, model) = config.identity().ids();
     match entry.id {
         Some(id) if id != (vendor, model) => Err(format!(
             "another card is in its place: it is {vendor:04x}:{model:04x}, the command line says {:04x}:{:04x}; check with \
@@ -309,7 +309,7 @@ impl<C: ConfigSpace> Device<C> {
 
     /// Vendor and device id, if the function could be read.
     pub fn ids(&self) -> Option<(u16, u16)> {
-        self.function.as_ref().map(|function| function.config.ids())
+        self.function.as_ref().map(|function| function.config.identity().ids())
     }
 
     /// How the function is reset; without a right to write, by dom0.
@@ -364,7 +364,7 @@ impl<C: ConfigSpace> Device<C> {
         let Some(function) = self.function.as_ref().filter(|function| function.interrupts.is_mapped()) else { return };
         let held = function.hardware.read(offset::COMMAND, Width::Word) as u16;
         // All ones: it does not answer yet.
-        let decodes = held & command::MEMORY != 0 && held != u16::MAX;
+        let decodes = function.config.identity().is_virtual() || held & command::MEMORY != 0 && held != u16::MAX;
         if !decodes && now < until {
             self.waking = Some((due.max(now).saturating_add(WAKE_PAUSE), until));
         } else if let Err(error) = physdev.restore_msi(sbdf) {
@@ -392,7 +392,7 @@ impl<C: ConfigSpace> Device<C> {
             return Err(UNREACHABLE.to_string());
         }
         let function = self.function.as_ref().ok_or("it was never seized")?;
-        function.config.check_ids(&function.hardware).map_err(|refusal| refusal.to_string())?;
+        function.config.identity().check(&function.hardware).map_err(|refusal| refusal.to_string())?;
         match self.subject(physdev).map(|mut subject| handover::check(&mut subject)) {
             None | Some(Ok(Clean::Already)) => {}
             Some(Ok(Clean::Reset)) => self.found_stale(),
@@ -427,8 +427,11 @@ impl<C: ConfigSpace> Device<C> {
     /// its former driver domain had died in a reset of it, and dom0 may have put them back.
     pub fn retry<P: Physdev>(&mut self, physdev: &mut P, now: Nanos) {
         self.first_use(physdev, now);
-        let control = self.function.as_ref().and_then(|function| function.control.as_ref());
-        let renew = control.is_some_and(|control| !control.proven || !control.image.has_addresses());
+        let renew = self.function.as_ref().is_some_and(|function| {
+            // A virtual function's addresses are nowhere in its registers.
+            let lost = |control: &Control| !control.image.has_addresses() && !function.config.identity().is_virtual();
+            function.control.as_ref().is_some_and(|control| !control.proven || lost(control))
+        });
         let wanting = matches!(self.state, State::Broken(_)) || self.state == State::Ready && renew;
         if !wanting || self.is_stalled(physdev) {
             return;
@@ -437,7 +440,7 @@ impl<C: ConfigSpace> Device<C> {
         let Some(Function { hardware, config, interrupts, control: Some(control), .. }) = self.function.as_mut() else {
             return;
         };
-        if !control.proven && config.check_ids(hardware).is_err() {
+        if !control.proven && config.identity().check(hardware).is_err() {
             // Whether a guest of before uses it can't be seen.
             return;
         }

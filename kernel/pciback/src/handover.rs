@@ -524,16 +524,14 @@ impl HandOver {
         until: Nanos,
         pause: Nanos,
     ) -> Progress {
-        let ids = subject.hardware.read(offset::VENDOR, Width::Dword);
-        let wanted = subject.config.ids();
-        if ids != u32::from(wanted.0) | u32::from(wanted.1) << 16 {
+        if subject.config.identity().check(subject.hardware).is_err() {
             if now >= until {
                 return Progress::Broken(format!(
                     "it does not answer {} s after its reset ({}): the vendor register reads {:04x}; power-cycle the \
                      host",
                     ANSWER / (1000 * MS),
                     subject.method.word(),
-                    ids & 0xffff
+                    subject.hardware.read(offset::VENDOR, Width::Word)
                 ));
             }
             self.step = Step::Answer { until, pause: (2 * pause).min(ANSWER_PAUSE) };

@@ -138,6 +138,8 @@ pub struct Interrupts {
     taken: bool,
     /// Offset of PMCSR.
     power: Option<u16>,
+    /// Its memory decode is the physical function's, where Xen looks for it.
+    is_virtual: bool,
     kind: Kind,
     /// Vectors were mapped for a domain that no call finds any more. Xen frees them itself, but later: RCU.
     orphaned: bool,
@@ -164,6 +166,7 @@ impl Interrupts {
             offered: (false, false),
             taken: false,
             power: config.power_control(),
+            is_virtual: config.identity().is_virtual(),
             kind: Kind::Line,
             orphaned: false,
             unfinished: false,
@@ -444,7 +447,8 @@ impl Interrupts {
         }
         let held = hardware.read(offset::COMMAND, Width::Word) as u16;
         let state = self.power.map_or(0, |at| hardware.read(at, Width::Word) as u16 & power::STATE);
-        if held == u16::MAX || memory && held & command::MEMORY == 0 || state != 0 {
+        let decodes = self.is_virtual || held & command::MEMORY != 0;
+        if held == u16::MAX || memory && !decodes || state != 0 {
             return Err(EnableError::NotNow);
         }
         Ok(())

@@ -91,7 +91,11 @@ fn extended_capabilities(space: &[u8]) -> Vec<(u16, u16)> {
 impl Rules {
     /// The rules for a function whose configuration space reads `space` (256 or 4096 bytes). `None` if it does not answer.
     pub fn new(function: &Function, space: &[u8]) -> Option<Rules> {
-        if space.len() < 256 || (word(space, 0), word(space, 2)) != function.id {
+        let ids = (word(space, 0), word(space, 2));
+        // A virtual function has no ids of its own, but a class (SR-IOV 1.1, 3.4.1).
+        let answers = ids == function.id
+            || function.is_virtual && ids == (u16::MAX, u16::MAX) && dword(space, offset::CLASS) >> 8 == function.class;
+        if space.len() < 256 || !answers {
             return None;
         }
         let mut ranges = Vec::new();
@@ -106,6 +110,10 @@ impl Rules {
             if let Some(bar) = bars.get_mut(number) {
                 *bar = address;
             }
+            if function.is_virtual {
+                // Its addresses are the physical function's to set; here is nothing to write.
+                continue;
+            }
             let mask = if resource.is_io() { !0x3 } else { !0xf };
             ranges.push((at, at + 4, Rule::Address(mask, address as u32)));
             // Whether it has an upper half, its type bits say; they cannot be written.
@@ -115,6 +123,13 @@ impl Rules {
             }
         }
         let rom = function.resources.get(6).filter(|resource| resource.is_used()).map_or(0, |rom| rom.start as u32);
+        if function.is_virtual {
+            ranges.push((
+                offset::BAR0,
+                offset::BAR0 + 24,
+                Rule::Never("a virtual function has no addresses of its own"),
+            ));
+        }
         ranges.push((offset::ROM, offset::ROM + 4, Rule::Address(!0x7ff, rom)));
 
         let mut table_bar = None;
@@ -146,7 +161,7 @@ impl Rules {
                 _ => {}
             }
         }
-        let used = function.resources.iter().take(6).filter(|resource| resource.is_used());
+        let used = function.resources.iter().take(6).filter(|resource| resource.is_used() && !function.is_virtual);
         let bit = |resource: &Resource| if resource.is_io() { command::IO } else { command::MEMORY };
         let decode = used.map(bit).fold(0, |all, bit| all | bit);
         Some(Rules { ranges, table_bar, bars, decode })
@@ -296,6 +311,27 @@ pub mod tests {
         assert!(judge(0x10, Width::Word, 0x4004).is_err());
         assert!(judge(0x12, Width::Word, 0).is_err());
         assert!(judge(0x33, Width::Byte, 0xfe).is_err());
+    }
+
+    #[test]
+    fn a_virtual_function_answers_without_ids_and_its_addresses_are_not_written() {
+        let whole = Function { is_virtual: true, ..function() };
+        let mut space = space();
+        space[..4].fill(0xff);
+        space[8..12].copy_from_slice(&[0x01, 0x00, 0x00, 0x02]);
+        space[0x10..0x28].fill(0);
+        let rules = Rules::new(&whole, &space).expect("it answers");
+        let now = |at: u16, width: Width| Some(dword(&space, at) & width.mask());
+        assert_eq!(rules.table_base(), Some(BAR));
+        assert_eq!(rules.decode(), 0, "it has no such bits");
+        assert!(rules.is_in_place(now));
+        for at in (0x10..0x28).step_by(4) {
+            assert!(rules.judge(at, Width::Dword, 0x4004, now).is_err(), "{at:#x}");
+        }
+        assert_eq!(rules.judge(0x04, Width::Word, 0x0004, now), Ok(()));
+        assert_eq!(Rules::new(&function(), &space), None, "an ordinary one has ids");
+        space[8..12].fill(0xff);
+        assert_eq!(Rules::new(&whole, &space), None, "nothing is there");
     }
 
     #[test]

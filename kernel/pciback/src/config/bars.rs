@@ -202,13 +202,15 @@ pub struct Bars {
 }
 
 impl Bars {
-    /// Checks the list against itself and against the device.
+    /// Checks the list against itself and against the device. A virtual function's registers read zero and take
+    /// nothing: its addresses come from the physical function, and decoding is switched there (SR-IOV 1.1, 3.3.3.4
+    /// and 3.4.1.11).
     ///
     /// # Errors
     /// [`Refusal::Resource`] or [`Refusal::Bar`] with the first register that does not fit.
-    pub fn new<C: ConfigSpace>(hardware: &C, list: &[Resource; 7]) -> Result<Bars, Refusal> {
+    pub fn new<C: ConfigSpace>(hardware: &C, list: &[Resource; 7], is_virtual: bool) -> Result<Bars, Refusal> {
         let mut bars = Bars { bars: [Bar::absent(low::MEMORY_MASK); BARS + 1], memory: [(0, 0); BARS], decode: 0 };
-        for resource in list.iter().filter(|resource| resource.usable()) {
+        for resource in list.iter().filter(|resource| resource.usable() && !is_virtual) {
             bars.decode |= if resource.is_io() { command::IO } else { command::MEMORY };
         }
         let [registers @ .., rom] = list;
@@ -226,10 +228,10 @@ impl Bars {
             let size = resource.size().ok_or(Refusal::Resource { index })?;
             check(hardware, index, resource)?;
             let no_address = if resource.is_io() { low::IO_MASK } else { low::MEMORY_MASK };
-            *bar = Bar::new(resource, size, no_address, resource.low_bits());
+            *bar = Bar { restorable: !is_virtual, ..Bar::new(resource, size, no_address, resource.low_bits()) };
             if resource.is_64() {
                 let (_, (upper, _)) = halves.next().ok_or(Refusal::Resource { index })?;
-                *upper = Bar::upper(resource, size);
+                *upper = Bar { restorable: !is_virtual, ..Bar::upper(resource, size) };
             }
         }
         bars.bars[ROM] = rom_bar(hardware, rom)?;

@@ -7,6 +7,7 @@
 //! XSA-128; where this differs on purpose, a comment says so.
 
 mod bars;
+mod identity;
 mod msi;
 pub mod registers;
 #[cfg(test)]
@@ -17,10 +18,11 @@ use core::fmt;
 
 pub use self::bars::Resource;
 use self::bars::{BarWrite, Bars};
+pub use self::identity::Identity;
 pub use self::msi::{Msi, Msix, Place, msi_control, msix_control};
 use self::registers::{
-    BIST_START, EXTENDED, Found, MULTIFUNCTION, NO_VENDOR, RETRY_VENDOR, SPACE, VPD_WRITE, capability, command,
-    offset as header, power, table, walk,
+    BIST_START, EXTENDED, Found, MULTIFUNCTION, SPACE, VPD_WRITE, capability, command, offset as header, power, table,
+    walk,
 };
 pub use self::registers::{Name, Register, Rule};
 use crate::platform::{ConfigSpace, Width, WritesOff};
@@ -47,6 +49,8 @@ pub enum Refusal {
     /// It asks to be read again later (PCI Express Base 5.0, 2.3.2, Configuration Request Retry Status): the vendor
     /// register reads 0001 and the others all ones.
     NotYet,
+    /// It is a virtual function, and nobody has said its ids.
+    Nameless,
     /// The function has another header than a device's.
     HeaderType(u8),
     /// Another device is there than at start.
@@ -70,9 +74,11 @@ pub enum Refusal {
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
-            Refusal::NoAnswer => f.write_str(
-                "no device answers (the vendor id reads ffff): check its address and power; \
-                 a virtual function cannot be passed in this version",
+            Refusal::NoAnswer => {
+                f.write_str("no device answers (all registers read ffff): check its address and power")
+            }
+            Refusal::Nameless => f.write_str(
+                "it is a virtual function, whose ids only dom0 knows: add id=VVVV:DDDD (xl-pciback config prints it)",
             ),
             Refusal::NotYet => f.write_str("it is not ready to answer yet: try again in a moment"),
             Refusal::HeaderType(1) => f.write_str("it is a bridge: pass the devices behind it instead"),
@@ -196,27 +202,27 @@ impl Access {
 /// The virtual configuration space of one function.
 #[derive(Debug)]
 pub struct VirtualConfig {
-    vendor: u16,
-    device: u16,
+    identity: Identity,
     table: Vec<Register>,
     capabilities: Vec<Found>,
     guest: Option<Guest>,
 }
 
 impl VirtualConfig {
-    /// Takes over a function: reads its ids and builds its table of registers.
+    /// Takes over a function: reads who it is and builds its table of registers. `given` are the ids of a virtual
+    /// function, which has none of its own.
     ///
     /// # Errors
-    /// [`Refusal::NoAnswer`], [`Refusal::NotYet`] or [`Refusal::HeaderType`].
-    pub fn new<C: ConfigSpace>(hardware: &C) -> Result<VirtualConfig, Refusal> {
-        let (vendor, device) = hardware_ids(hardware)?;
+    /// Those of [`Identity::read`], or [`Refusal::HeaderType`].
+    pub fn new<C: ConfigSpace>(hardware: &C, given: Option<(u16, u16)>) -> Result<VirtualConfig, Refusal> {
+        let identity = Identity::read(hardware, given)?;
         let kind = hardware.read(header::HEADER_TYPE, Width::Byte) as u8 & !MULTIFUNCTION;
         if kind != 0 {
             return Err(Refusal::HeaderType(kind));
         }
         let capabilities = walk(hardware);
         let table = table(hardware, &capabilities);
-        Ok(VirtualConfig { vendor, device, table, capabilities, guest: None })
+        Ok(VirtualConfig { identity, table, capabilities, guest: None })
     }
 
     /// Offset of the first capability with this id that is shown.
@@ -269,17 +275,9 @@ impl VirtualConfig {
         self.guest.is_some_and(|guest| guest.command & command::DECODE != 0)
     }
 
-    /// Vendor and device id.
-    pub fn ids(&self) -> (u16, u16) {
-        (self.vendor, self.device)
-    }
-
-    /// Looks whether the function answers as the one that was seized.
-    ///
-    /// # Errors
-    /// [`Refusal::NoAnswer`], [`Refusal::NotYet`] or [`Refusal::Replaced`].
-    pub fn check_ids<C: ConfigSpace>(&self, hardware: &C) -> Result<(), Refusal> {
-        if hardware_ids(hardware)? == self.ids() { Ok(()) } else { Err(Refusal::Replaced) }
+    /// Who the function is.
+    pub const fn identity(&self) -> &Identity {
+        &self.identity
     }
 
     /// The table, by ascending offset.
@@ -300,8 +298,8 @@ impl VirtualConfig {
     /// Why this guest cannot have it; the function is with no guest then.
     pub fn attach<C: ConfigSpace>(&mut self, hardware: &mut C, view: GuestView) -> Result<(), Refusal> {
         self.guest = None;
-        self.check_ids(hardware)?;
-        let bars = Bars::new(hardware, &view.resources)?;
+        self.identity.check(hardware)?;
+        let bars = Bars::new(hardware, &view.resources, self.identity.is_virtual())?;
         for register in self.table.iter().filter(|register| register.name == Name::PowerControl) {
             let held = hardware.read(register.offset, Width::Word) as u16;
             if held & power::PME_ENABLE != 0 {
@@ -353,7 +351,7 @@ impl VirtualConfig {
     pub fn read<C: ConfigSpace>(&mut self, hardware: &C, offset: i32, size: i32) -> Result<u32, WireError> {
         let access = Access::new(offset, size)?;
         let guest = self.guest.as_ref().ok_or(WireError::DeviceNotFound)?;
-        Ok(guest.look(&self.table, (self.vendor, self.device), hardware, access))
+        Ok(guest.look(&self.table, &self.identity, hardware, access))
     }
 
     /// Takes the guest's write.
@@ -369,30 +367,18 @@ impl VirtualConfig {
         value: u32,
     ) -> Result<Written, WireError> {
         let access = Access::new(offset, size)?;
-        let ids = self.ids();
         let guest = self.guest.as_mut().ok_or(WireError::DeviceNotFound)?;
         let value = value & access.width.mask();
         let mut worst = Outcome::Done;
         for register in overlapping(&self.table, access) {
             let part = Part::new(register, access, value);
-            worst = worst.max(guest.write(&self.table, ids, hardware, &part));
+            worst = worst.max(guest.write(&self.table, &self.identity, hardware, &part));
         }
         Ok(match worst {
             Outcome::Done => Written::Done,
             Outcome::Dropped => Written::Dropped { first: !core::mem::replace(&mut guest.dropped_before, true) },
             Outcome::Denied => Written::Denied { first: !core::mem::replace(&mut guest.denied_before, true) },
         })
-    }
-}
-
-/// Vendor and device id of what answers.
-fn hardware_ids<C: ConfigSpace>(hardware: &C) -> Result<(u16, u16), Refusal> {
-    let vendor = hardware.read(header::VENDOR, Width::Word) as u16;
-    let device = hardware.read(header::DEVICE, Width::Word) as u16;
-    match (vendor, device) {
-        (NO_VENDOR, _) => Err(Refusal::NoAnswer),
-        (RETRY_VENDOR, u16::MAX) => Err(Refusal::NotYet),
-        ids => Ok(ids),
     }
 }
 
@@ -457,15 +443,15 @@ const fn bytes_mask(count: u16) -> u32 {
 
 impl Guest {
     /// What the guest reads: the device's bytes, and over them what has a value of its own.
-    fn look<C: ConfigSpace>(&self, table: &[Register], ids: (u16, u16), hardware: &C, access: Access) -> u32 {
+    fn look<C: ConfigSpace>(&self, table: &[Register], identity: &Identity, hardware: &C, access: Access) -> u32 {
         let mut seen = hardware.read(access.offset, access.width) & access.width.mask();
         // A device that is gone reads as ones everywhere: that is how a driver finds out. The remembered ids
         // would tell it that the device is still there.
-        if seen == access.width.mask() && hardware_ids(hardware).is_err() {
+        if seen == access.width.mask() && identity.check(hardware).is_err() {
             return seen;
         }
         for register in overlapping(table, access) {
-            if let Some(value) = self.value(ids, hardware, register) {
+            if let Some(value) = self.value(identity, hardware, register) {
                 let whole = bytes_mask(register.length);
                 let (value, mask) = if register.offset >= access.offset {
                     let left = 8 * u32::from(register.offset - access.offset);
@@ -481,10 +467,10 @@ impl Guest {
     }
 
     /// The value of a whole register, or `None` where the guest reads the device's.
-    fn value<C: ConfigSpace>(&self, ids: (u16, u16), hardware: &C, register: &Register) -> Option<u32> {
+    fn value<C: ConfigSpace>(&self, identity: &Identity, hardware: &C, register: &Register) -> Option<u32> {
         match register.name {
-            Name::Vendor => Some(u32::from(ids.0)),
-            Name::Device => Some(u32::from(ids.1)),
+            Name::Vendor => Some(u32::from(identity.ids().0)),
+            Name::Device => Some(u32::from(identity.ids().1)),
             Name::Command => {
                 let held = hardware.read(header::COMMAND, Width::Word) as u16;
                 Some(u32::from(held & command::FROM_HARDWARE | self.command & !command::FROM_HARDWARE))
@@ -528,7 +514,7 @@ impl Guest {
     fn write<C: ConfigSpace>(
         &mut self,
         table: &[Register],
-        ids: (u16, u16),
+        identity: &Identity,
         hardware: &mut C,
         part: &Part<'_>,
     ) -> Outcome {
@@ -576,7 +562,7 @@ impl Guest {
                 Rule::ReadOnly | Rule::Own => {
                     let same = (part.start..part.end).zip(part.value.to_le_bytes()).all(|(at, byte)| {
                         let access = Access { offset: at, width: Width::Byte };
-                        self.look(table, ids, hardware, access) == u32::from(byte)
+                        self.look(table, identity, hardware, access) == u32::from(byte)
                     });
                     if same { Outcome::Done } else { Outcome::Dropped }
                 }

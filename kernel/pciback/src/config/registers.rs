@@ -30,6 +30,8 @@ pub mod offset {
     pub const COMMAND: u16 = 0x04;
     /// Status.
     pub const STATUS: u16 = 0x06;
+    /// Revision, and class in the upper three bytes.
+    pub const CLASS: u16 = 0x08;
     /// Cache line size.
     pub const CACHE_LINE: u16 = 0x0c;
     /// Latency timer.

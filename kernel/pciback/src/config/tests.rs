@@ -119,7 +119,7 @@ struct Bench {
 
 impl Bench {
     fn new(mut hardware: Model, view: GuestView) -> Bench {
-        let mut config = VirtualConfig::new(&hardware).expect("seized");
+        let mut config = VirtualConfig::new(&hardware, None).expect("seized");
         config.attach(&mut hardware, view).expect("attached");
         hardware.log.clear();
         Bench { hardware, config }
@@ -167,7 +167,7 @@ fn name_at(config: &VirtualConfig, at: u16) -> Name {
 
 #[test]
 fn the_table_covers_every_byte_once() {
-    let config = VirtualConfig::new(&Model::nic()).expect("seized");
+    let config = VirtualConfig::new(&Model::nic(), None).expect("seized");
     assert_covers_all(&config);
     assert_eq!(name_at(&config, PM + 4), Name::PowerControl);
     assert_eq!(name_at(&config, MSI + 0xd), Name::MsiMessage);
@@ -196,7 +196,7 @@ fn a_capability_list_that_loops_overlaps_or_points_nowhere_still_gives_a_table()
         for (at, id, next) in list {
             model.put(*at, &[*id, *next][..if *at == 0x34 { 1 } else { 2 }]);
         }
-        assert_covers_all(&VirtualConfig::new(&model).expect("seized"));
+        assert_covers_all(&VirtualConfig::new(&model, None).expect("seized"));
     }
 }
 
@@ -206,7 +206,7 @@ fn a_list_through_all_48_places_ends() {
     for at in (0x40u16..0x100).step_by(4) {
         model.put(at, &[0x05, (at as u8).wrapping_add(4), 0x80, 0x01]);
     }
-    let config = VirtualConfig::new(&model).expect("seized");
+    let config = VirtualConfig::new(&model, None).expect("seized");
     assert_covers_all(&config);
     assert_eq!(config.registers().filter(|register| register.name == Name::MsiControl).count(), 48);
 }
@@ -220,7 +220,7 @@ fn garbage_in_the_whole_space_gives_a_table() {
         model.bytes[0x0e] &= 0x80;
         model.bytes[0x00] = 0x86;
         model.bytes[0x06] |= 0x10;
-        assert_covers_all(&VirtualConfig::new(&model).expect("seized"));
+        assert_covers_all(&VirtualConfig::new(&model, None).expect("seized"));
     }
 }
 
@@ -229,7 +229,7 @@ fn a_capability_that_starts_inside_another_clips_it() {
     let mut model = Model::nic();
     model.put(0x40, &[0x05, 0x48, 0x80, 0x00]);
     model.put(0x48, &[0x01, 0x00]);
-    let config = VirtualConfig::new(&model).expect("seized");
+    let config = VirtualConfig::new(&model, None).expect("seized");
     assert_covers_all(&config);
     assert_eq!(name_at(&config, 0x47), Name::MsiMessage);
     assert_eq!(name_at(&config, 0x48), Name::CapabilityHeader { id: 1, next: 0 });
@@ -647,7 +647,7 @@ fn a_list_that_does_not_fit_the_device_is_refused() {
         let mut model = Model::nic();
         let mut view = Model::nic_view();
         change(&mut view.resources);
-        VirtualConfig::new(&model).expect("seized").attach(&mut model, view).expect_err("refused")
+        VirtualConfig::new(&model, None).expect("seized").attach(&mut model, view).expect_err("refused")
     };
     let moved = refused(&|list| list[0] = Resource { start: 0x1_fd00_0000, end: 0x1_fd00_3fff, ..list[0] });
     assert_eq!(moved, Refusal::Bar { index: 0, hardware: 0x1_fe00_0000, listed: 0x1_fd00_0000 });
@@ -723,11 +723,17 @@ fn what_is_no_resource_list_is_no_resource_list() {
 fn only_an_ordinary_device_that_answers_is_taken() {
     let mut model = Model::nic();
     model.put(0, &[0xff, 0xff]);
-    assert_eq!(VirtualConfig::new(&model).expect_err("refused"), Refusal::NoAnswer);
+    assert_eq!(VirtualConfig::new(&model, None).expect_err("refused"), Refusal::Nameless);
+    model.bytes.fill(0xff);
+    for given in [None, Some((0x8086, 0x1521))] {
+        assert_eq!(VirtualConfig::new(&model, given).expect_err("refused"), Refusal::NoAnswer);
+    }
     let mut model = Model::nic();
     model.put(0x0e, &[0x81]);
-    assert_eq!(VirtualConfig::new(&model).expect_err("refused"), Refusal::HeaderType(1));
-    for refusal in [Refusal::NoAnswer, Refusal::HeaderType(1), Refusal::HeaderType(2), Refusal::Replaced] {
+    assert_eq!(VirtualConfig::new(&model, None).expect_err("refused"), Refusal::HeaderType(1));
+    for refusal in
+        [Refusal::NoAnswer, Refusal::Nameless, Refusal::HeaderType(1), Refusal::HeaderType(2), Refusal::Replaced]
+    {
         assert!(refusal.to_string().contains(':'), "what is wrong: what to do");
     }
 }
@@ -735,8 +741,8 @@ fn only_an_ordinary_device_that_answers_is_taken() {
 #[test]
 fn a_device_gone_or_replaced_since_start_is_refused() {
     let mut model = Model::nic();
-    let mut config = VirtualConfig::new(&model).expect("seized");
-    assert_eq!(config.ids(), (0x8086, 0x1521));
+    let mut config = VirtualConfig::new(&model, None).expect("seized");
+    assert_eq!(config.identity().ids(), (0x8086, 0x1521));
     model.put(2, &[0x22]);
     assert_eq!(config.attach(&mut model, Model::nic_view()), Err(Refusal::Replaced));
     model.bytes.fill(0xff);
@@ -838,7 +844,7 @@ fn bist_can_be_started_and_nothing_else() {
 fn wake_events_are_off_from_the_start_and_never_on() {
     let mut hardware = Model::nic();
     hardware.bytes[usize::from(PM) + 5] = 0x81;
-    let mut config = VirtualConfig::new(&hardware).expect("seized");
+    let mut config = VirtualConfig::new(&hardware, None).expect("seized");
     config.attach(&mut hardware, Model::nic_view()).expect("attached");
     assert_eq!(hardware.word(PM + 4), 0x8000, "the pending event is not cleared unasked");
     let mut bench = Bench { hardware, config };
@@ -1035,7 +1041,7 @@ fn listings_of_real_devices_give_tables_and_their_bars_can_be_sized() {
         for mut model in models(&text) {
             model.writes_on = false;
             let name: String = path.display().to_string();
-            let mut config = match VirtualConfig::new(&model) {
+            let mut config = match VirtualConfig::new(&model, None) {
                 Ok(config) => config,
                 Err(refusal) => {
                     println!("{name}: {refusal}");

@@ -110,6 +110,8 @@ pub struct Entry {
 }
 
 pub struct Hardware {
+    /// Vendor and device id of a virtual function, which shows none itself.
+    given: Option<(u16, u16)>,
     /// The `resource-N` node that fits.
     pub resources: String,
     pub bytes: RefCell<Vec<u8>>,
@@ -145,6 +147,24 @@ impl Hardware {
         Card { vendor, device, ..Card::PLAIN }.build()
     }
 
+    /// A virtual function: [`Card::FULL`] without ids, pin and addresses of its own, and only one bit of Command (SR-IOV
+    /// 1.1, 3.4.1). Its memory is decoded as long as the physical function says so, which is always here.
+    pub fn virtual_function(vendor: u16, device: u16) -> Hardware {
+        let mut card = Card { pin: false, ..Card::FULL }.build();
+        card.given = Some((vendor, device));
+        for (at, bytes, takes) in
+            [(0x00, 4, 0), (0x04, 2, u32::from(MASTER)), (0x10, 24, 0), (0x30, 4, 0), (0x3c, 2, 0)]
+        {
+            let held = if at == 0 { 0xff } else { 0 };
+            let range = at..at + bytes;
+            card.bytes.borrow_mut()[range.clone()].fill(held);
+            card.takes.borrow_mut()[range].copy_from_slice(&takes.to_le_bytes().repeat(6)[..bytes]);
+        }
+        card.volatile = card.takes.borrow().clone();
+        card.resources = RESOURCES.replace("0xc040 0xc05f 0x40101", "0x0 0x0 0x0");
+        card
+    }
+
     /// A function with these bytes, as `lspci -xxx` shows them, and ordinary hardware behind them; sizes of its
     /// BARs are made up.
     pub fn from_image(image: &[u8]) -> Hardware {
@@ -153,7 +173,17 @@ impl Hardware {
 
     /// Vendor and device id as toolstacks write them.
     pub fn ids(&self) -> String {
-        format!("{:04x}:{:04x}", self.word(0), self.word(2))
+        let (vendor, device) = self.given.unwrap_or((self.word(0), self.word(2)));
+        format!("{vendor:04x}:{device:04x}")
+    }
+
+    pub fn is_virtual(&self) -> bool {
+        self.given.is_some()
+    }
+
+    /// Whether it answers at its addresses.
+    pub fn decodes(&self) -> bool {
+        self.is_virtual() || self.word(at::COMMAND) & MEMORY != 0
     }
 
     /// A register as it is, answering or not.
@@ -251,7 +281,7 @@ impl Hardware {
 
     /// Xen changes an entry of the table.
     pub fn table_write(&self, now: Nanos, entry: u16, change: impl FnOnce(&mut Entry)) {
-        if self.silence(now).is_some() || self.word(at::COMMAND) & MEMORY == 0 || self.state() != 0 {
+        if self.silence(now).is_some() || !self.decodes() || self.state() != 0 {
             self.unanswered.set(self.unanswered.get() + 1);
             return;
         }
@@ -461,6 +491,7 @@ impl Builder {
         let Builder { held, takes, clears, fresh } = self;
         let volatile = takes.clone();
         Hardware {
+            given: None,
             resources: RESOURCES.into(),
             bytes: RefCell::new(held),
             takes: RefCell::new(takes),

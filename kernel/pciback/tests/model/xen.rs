@@ -12,7 +12,7 @@ use pciback::physdev::{Pirq, Vector};
 use pciback::platform::{DomId, Nanos, Width};
 use pciback::sbdf::Sbdf;
 
-use super::hardware::{ENABLE, Hardware, INTX_DISABLE, MASKALL, MEMORY, MSI_ENABLE, at};
+use super::hardware::{BAR0, ENABLE, Hardware, INTX_DISABLE, MASKALL, MSI_ENABLE, at};
 
 /// Error numbers of `xen/errno.h`, positive.
 pub mod errno {
@@ -193,7 +193,8 @@ impl Bus {
         self.get(sbdf)?.capability(id)
     }
     fn memory_decoded(&self, sbdf: Sbdf) -> bool {
-        self.word(sbdf, at::COMMAND) & MEMORY != 0
+        // What does not answer reads as ones.
+        self.get(sbdf).is_some_and(|card| card.decodes() || card.silence(self.now.get()).is_some())
     }
     fn table_write(&self, sbdf: Sbdf, entry: u16, change: impl FnOnce(&mut super::hardware::Entry)) {
         if let Some(function) = self.get(sbdf) {
@@ -599,6 +600,10 @@ impl State {
     fn read_pci_mem_bar(&self, sbdf: Sbdf, bar: u8) -> u64 {
         if bar > 5 {
             return 0;
+        }
+        if self.bus.get(sbdf).is_some_and(|card| card.is_virtual()) {
+            // From the physical function's, whose only one in the model is this.
+            return if bar == 0 { BAR0.into() } else { 0 };
         }
         let at = 0x10 + 4 * u16::from(bar);
         let low = self.bus.read(sbdf, at, Width::Dword);
