@@ -101,6 +101,14 @@ pub enum Silence {
     Retry,
 }
 
+/// Where the registers are that do something by themselves.
+#[derive(Clone, Copy, Debug)]
+struct Places {
+    pmcsr: u16,
+    express: u16,
+    advanced: u16,
+}
+
 /// An entry of the MSI-X table.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Entry {
@@ -125,6 +133,7 @@ pub struct Hardware {
     flr: bool,
     af: bool,
     power: Option<bool>,
+    places: Places,
     pub table: RefCell<Vec<Entry>>,
     silent: Cell<Option<(Nanos, Silence)>>,
     /// For how long, and how, it answers nothing after a reset.
@@ -230,8 +239,8 @@ impl Hardware {
         let busy = now < self.pending.get();
         let byte = |at: u16| {
             let busy = match at {
-                at::DEVICE_STATUS if self.flr => u8::from(busy) << 5,
-                _ if self.af && at == at::ADVANCED + 5 => u8::from(busy),
+                _ if self.flr && at == self.places.express + 10 => u8::from(busy) << 5,
+                _ if self.af && at == self.places.advanced + 5 => u8::from(busy),
                 _ => 0,
             };
             self.bytes.borrow()[usize::from(at)] | busy
@@ -250,8 +259,8 @@ impl Hardware {
             let mut bytes = self.bytes.borrow_mut();
             let held = &mut bytes[usize::from(at)];
             *held = (*held & !takes | byte & takes) & !(byte & self.clears[usize::from(at)]);
-            resets |= self.flr && at == at::DEVICE_CONTROL + 1 && byte & 0x80 != 0;
-            resets |= self.af && at == at::ADVANCED + 4 && byte & 1 != 0;
+            resets |= self.flr && at == self.places.express + 9 && byte & 0x80 != 0;
+            resets |= self.af && at == self.places.advanced + 4 && byte & 1 != 0;
         }
         if self.unresettable.get() {
             return;
@@ -265,7 +274,7 @@ impl Hardware {
 
     /// The power state.
     fn state(&self) -> u8 {
-        if self.power.is_some() { self.bytes.borrow()[usize::from(at::PMCSR)] & 3 } else { 0 }
+        if self.power.is_some() { self.bytes.borrow()[usize::from(self.places.pmcsr)] & 3 } else { 0 }
     }
 
     /// What any reset does, also one that nobody here asked for.
@@ -332,6 +341,7 @@ struct Builder {
     takes: Vec<u8>,
     clears: Vec<u8>,
     fresh: Vec<u8>,
+    places: Places,
 }
 
 impl Default for Builder {
@@ -339,7 +349,8 @@ impl Default for Builder {
         let [held, mut takes, clears, fresh] = [(); 4].map(|()| vec![0; 4096]);
         // What is no capability is a vendor's own registers.
         takes[0x40..0x100].fill(0xff);
-        Builder { held, takes, clears, fresh }
+        let places = Places { pmcsr: at::PMCSR, express: at::EXPRESS, advanced: at::ADVANCED };
+        Builder { held, takes, clears, fresh, places }
     }
 }
 
@@ -444,6 +455,7 @@ impl Builder {
         let mut builder = Builder::default();
         builder.held[..image.len()].copy_from_slice(image);
         builder.takes[0x04..0x06].copy_from_slice(&[0xff, 0x07]);
+        builder.clears[0x07] = 0xf9;
         builder.takes[0x0c..0x0e].fill(0xff);
         builder.takes[0x10..0x28].fill(0xff);
         builder.takes[0x30..0x34].fill(0xff);
@@ -457,16 +469,7 @@ impl Builder {
             if at < 0x40 {
                 break;
             }
-            builder.takes[at..at + 4].fill(0);
-            match held[at] {
-                0x05 => builder.takes[at + 2] = 0x71,
-                0x11 => {
-                    builder.takes[at + 3] = 0xc0;
-                    builder.takes[at + 4..at + 12].fill(0);
-                    card.msix = (word(at + 2) & 0x7ff) + 1;
-                }
-                _ => {}
-            }
+            builder.behave(at, &mut card);
             at = usize::from(held[at + 1] & 0xfc);
         }
         let mut resources = vec!["0x0 0x0 0x0".to_string(); 7];
@@ -487,8 +490,41 @@ impl Builder {
         Hardware { resources: resources.join(";"), ..hardware }
     }
 
+    /// Gives the capability at `at` the behaviour of its kind. What a kind does not say is a vendor's own.
+    fn behave(&mut self, at: usize, card: &mut Card) {
+        let word = |at: usize| u16::from_le_bytes(self.held[at..at + 2].try_into().unwrap());
+        let mut set = |offset: usize, takes: &[u8]| self.takes[at + offset..][..takes.len()].copy_from_slice(takes);
+        set(0, &[0; 4]);
+        match self.held[at] {
+            0x01 => {
+                set(4, &[0x03, 0x1f, 0, 0]);
+                self.clears[at + 5] = 0x80;
+                self.places.pmcsr = at as u16 + 4;
+                card.power = Some(word(at + 4) & 8 != 0);
+            }
+            0x03 => set(2, &[0xff, 0xff]),
+            0x05 => set(2, &[0x71, 0]),
+            0x10 => {
+                set(4, &[0, 0, 0, 0, 0xff, 0x7f, 0, 0, 0, 0, 0, 0]);
+                self.clears[at + 10] = 0x0f;
+                self.places.express = at as u16;
+                card.express = Some(word(at + 6) & 1 << 12 != 0);
+            }
+            0x11 => {
+                set(3, &[0xc0, 0, 0, 0, 0, 0, 0, 0, 0]);
+                card.msix = (word(at + 2) & 0x7ff) + 1;
+            }
+            0x13 => {
+                set(4, &[0, 0]);
+                self.places.advanced = at as u16;
+                card.advanced = self.held[at + 3] & 3 == 3;
+            }
+            _ => {}
+        }
+    }
+
     fn hardware(self, card: &Card) -> Hardware {
-        let Builder { held, takes, clears, fresh } = self;
+        let Builder { held, takes, clears, fresh, places } = self;
         let volatile = takes.clone();
         Hardware {
             given: None,
@@ -501,6 +537,7 @@ impl Builder {
             flr: card.express == Some(true),
             af: card.advanced,
             power: card.power,
+            places,
             table: RefCell::new(vec![Entry { masked: true, ..Entry::default() }; usize::from(card.msix)]),
             silent: Cell::new(None),
             unresettable: Cell::new(false),
