@@ -211,6 +211,8 @@ mod tests {
     #[test]
     fn a_file_that_fits_has_no_problem() {
         assert_eq!(problems(GOOD, |_| {}, "mmcfg=0"), Vec::<String>::new());
+        let hosts = GOOD.replace("mode=mmcfg0", "mode=mmcfg0 topology=passthrough");
+        assert_eq!(problems(&hosts, |_| {}, "mmcfg=0"), Vec::<String>::new());
     }
 
     #[test]
@@ -231,6 +233,8 @@ mod tests {
         one("1b36:0010", "1b36:0011", "id= says 1b36:0011");
         one("dev=0000:01:00.0", "dev=0000:02:00.0", "no such function");
         one("mode=mmcfg0", "mode=fast", "extra: command line, byte");
+        one("mode=mmcfg0", "topology=host", "no such topology");
+        one("id=1b36:0010", "slot=2 topology=passthrough", "slot= is for topology=vpci");
         let found = problems(GOOD, |function| function.driver = Some("nvme".into()), "mmcfg=0");
         assert!(found[0].contains("dom0's driver \"nvme\""));
         let found = problems(GOOD, |function| function.header_type = 1, "mmcfg=0");

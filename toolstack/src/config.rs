@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use pciback::sbdf::Sbdf;
+use pciback::topology;
 
 use crate::error::{Failure, Outcome};
 use crate::sysfs::{Ecam, Function, Sysfs};
@@ -20,6 +21,8 @@ pub struct Options {
     pub permissive: bool,
     /// `mode=`.
     pub mode: Choice,
+    /// `topology=`.
+    pub topology: topology::Kind,
 }
 
 /// The `mode=` of the file.
@@ -62,6 +65,16 @@ pub fn choose(wish: Option<&str>, mmcfg_off: Option<bool>) -> Outcome<Choice> {
         (Some(other), _) => return Err(Failure::usage(format!("--mode {other} is not auto, mmcfg0 or read-only"))),
     };
     Ok(Choice { word, why })
+}
+
+/// The topology that `--topology` names.
+///
+/// # Errors
+/// There is none of that name.
+pub fn topology(wish: Option<&str>) -> Outcome<topology::Kind> {
+    let wish = wish.unwrap_or(topology::Kind::default().word());
+    let unknown = || Failure::usage(format!("--topology {wish} is not vpci or passthrough"));
+    topology::Kind::parse(wish).ok_or_else(unknown)
 }
 
 /// The file for `functions`.
@@ -126,6 +139,9 @@ fn render(windows: &[Ecam], functions: &[Function], options: &Options) -> Outcom
         let _ = writeln!(comments, "# {sbdf}: {}, {irq}, configuration space at frame {frame:x}", function.id_text());
     }
     words.push(format!("mode={}", options.mode.word));
+    if options.topology != topology::Kind::default() {
+        words.push(format!("topology={}", options.topology.word()));
+    }
     Ok(format!(
         "# Driver domain for PCI functions, written by xl-pciback config.\n{comments}# {}\n\
          name = \"{}\"\ntype = \"pvh\"\nkernel = \"{}\"\nmemory = 4\nmaxmem = 4\nvcpus = 1\n\
@@ -165,6 +181,7 @@ mod tests {
             guest: Some("db1".into()),
             permissive: false,
             mode: choose(None, Some(true)).unwrap(),
+            topology: topology(None).unwrap(),
         };
         let file = render(&windows, &functions, &options).unwrap();
         assert!(file.contains("iomem = [ \"b0100,1\", \"b0028,1\" ]\n"), "{file}");
@@ -176,6 +193,9 @@ mod tests {
         // What is printed is what the driver domain understands.
         let line = extra.trim_start_matches("extra = \"").trim_end_matches("\"\n");
         assert_eq!(pciback::cmdline::parse(line).1, []);
+        let hosts = Options { topology: topology(Some("passthrough")).unwrap(), ..options.clone() };
+        let file = render(&windows, &functions, &hosts).unwrap();
+        assert!(file.contains(" mode=mmcfg0 topology=passthrough\"\n"), "{file}");
         let beyond = [function("0001:01:00.0", (1, 1))];
         assert!(render(&windows, &beyond, &options).unwrap_err().what.contains("no window"));
         let twice = [functions[0].clone(), functions[0].clone()];
@@ -205,6 +225,16 @@ mod tests {
         assert!(choose(Some("mmcfg0"), Some(false)).unwrap_err().what.contains("would end the domain"));
         for wish in ["", "direct", "delegated", "MMCFG0", "auto "] {
             assert_eq!(choose(Some(wish), None).unwrap_err().code, crate::error::exit::USAGE, "{wish:?}");
+        }
+    }
+
+    #[test]
+    fn a_topology_is_one_of_two_words() {
+        for (wish, kind) in [(None, "vpci"), (Some("vpci"), "vpci"), (Some("passthrough"), "passthrough")] {
+            assert_eq!(topology(wish).unwrap().word(), kind);
+        }
+        for wish in ["", "host", "passthrough slot=1"] {
+            assert_eq!(topology(Some(wish)).unwrap_err().code, crate::error::exit::USAGE, "{wish:?}");
         }
     }
 

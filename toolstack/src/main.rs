@@ -45,7 +45,7 @@ Commands:
   assignable-list            list the functions that were taken
   config BDF...              print the driver domain's xl file
                              [--guest NAME] [--name NAME] [--kernel PATH] [--permissive]
-                             [--mode auto|mmcfg0|read-only]
+                             [--mode auto|mmcfg0|read-only] [--topology vpci|passthrough]
   check FILE                 compare such a file with this host; exit code 3 if something is wrong
   attach GUEST BDF           give a function to a running or paused guest
                              [--driver NAME] [--permissive]
@@ -90,6 +90,7 @@ frame a function, ids. Redirect it to /etc/xen/NAME.cfg.
   --permissive     let the guest write registers that have no rule
   --mode MODE      auto, mmcfg0 (on a Xen with mmcfg=0, and only there) or read-only; by default what fits Xen's
                    command line: a comment in the file says which, and why
+  --topology KIND  vpci (the guest has one bus, 0000:00; the default) or passthrough (it sees the host's addresses)
 "
         }
         "check" => {
@@ -162,6 +163,7 @@ struct Line {
     name: Option<String>,
     kernel: Option<String>,
     mode: Option<String>,
+    topology: Option<String>,
     timeout: Option<u64>,
     permissive: bool,
     force: bool,
@@ -176,7 +178,7 @@ struct Line {
 fn options(command: &str) -> &'static [&'static str] {
     match command {
         "assignable-remove" => &["no-rebind"],
-        "config" => &["guest", "name", "kernel", "permissive", "mode"],
+        "config" => &["guest", "name", "kernel", "permissive", "mode", "topology"],
         "attach" => &["driver", "permissive"],
         "detach" => &["driver", "timeout", "force"],
         "list" | "status" => &["json"],
@@ -210,6 +212,7 @@ fn parse(args: impl IntoIterator<Item = std::ffi::OsString>) -> Outcome<Line> {
             "name" => line.name = Some(text()?),
             "kernel" => line.kernel = Some(text()?),
             "mode" => line.mode = Some(text()?),
+            "topology" => line.topology = Some(text()?),
             "timeout" => {
                 let seconds = text()?.parse().ok().filter(|seconds| (1..=3600).contains(seconds));
                 line.timeout = Some(seconds.ok_or_else(|| Failure::usage("--timeout wants 1 to 3600 seconds"))?);
@@ -298,6 +301,7 @@ fn run() -> Outcome<()> {
             guest: line.guest,
             permissive: line.permissive,
             mode,
+            topology: config::topology(line.topology.as_deref())?,
         };
         print!("{}", config::generate(&sysfs, &functions, &options)?);
         return Ok(());

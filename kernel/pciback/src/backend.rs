@@ -14,6 +14,7 @@ use crate::interrupts::Kind;
 use crate::mode::{self, InForce};
 use crate::nodes::{self, BACKEND, Link, PUBLISHED};
 use crate::platform::{ConfigSpace, Nanos, Platform, Port, Store, StoreError};
+use crate::topology;
 
 /// Token of the watch on all backend folders.
 const TOKEN: &str = "backend";
@@ -55,6 +56,7 @@ pub struct Backend<P: Platform> {
     /// dom0's session, as far as it was acted on.
     session: Result<u32, Down>,
     complaints: Vec<Complaint>,
+    topology: topology::Kind,
     devices: Vec<Device<P::Config>>,
     published: Vec<Option<Published>>,
     /// When to publish what guests have changed, if they have.
@@ -89,6 +91,7 @@ impl<P: Platform> Backend<P> {
             mode,
             session: Err(Down::Nobody),
             complaints,
+            topology: config.topology,
             devices,
             published,
             publish_due: None,
@@ -128,6 +131,9 @@ impl<P: Platform> Backend<P> {
             log::error!("{complaint}");
         }
         log::info!("mode {}: {}", self.mode.word(), self.mode.why);
+        if self.topology == topology::Kind::Passthrough {
+            log::info!("topology passthrough: guests see their functions at the host's addresses");
+        }
         if self.devices.is_empty() {
             log::error!("no function to serve: name one with dev= (see xl-pciback config)");
         }
@@ -417,8 +423,8 @@ impl<P: Platform> Backend<P> {
             log::error!("domain {}: not served: {MAX_FRONTENDS} frontends are the most", link.frontend);
             return Verdict::Keep;
         }
-        let Backend { platform, devices, frontends, .. } = self;
-        let frontend = frontends.entry(link).or_insert_with(|| Frontend::new(link));
+        let Backend { platform, devices, frontends, topology, .. } = self;
+        let frontend = frontends.entry(link).or_insert_with(|| Frontend::new(link, *topology));
         let verdict = frontend.reconcile(&mut Context { platform, devices });
         match verdict {
             Verdict::Keep => {}

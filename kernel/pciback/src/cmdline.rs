@@ -11,6 +11,7 @@ use core::fmt;
 use log::LevelFilter;
 
 use crate::sbdf::Sbdf;
+use crate::topology;
 
 /// What the command line asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,6 +24,8 @@ pub struct Config {
     pub mode: Mode,
     /// What is logged.
     pub log: LevelFilter,
+    /// Where guests see their functions.
+    pub topology: topology::Kind,
 }
 
 /// One `ecam=` word: as a line of ACPI's MCFG table.
@@ -99,7 +102,7 @@ pub struct DeviceConfig {
     pub id: Option<(u16, u16)>,
     /// Writes to registers without a rule pass.
     pub permissive: bool,
-    /// Virtual slot.
+    /// Virtual slot, with `topology=vpci`.
     pub slot: Option<u8>,
     /// Reset method.
     pub reset: Reset,
@@ -169,7 +172,13 @@ pub const MAX_DEVICES: usize = 256;
 
 /// Reads a command line: what it asks for, and what in it could not be used.
 pub fn parse(line: &str) -> (Config, Vec<Complaint>) {
-    let mut config = Config { ecam: Vec::new(), devices: Vec::new(), mode: Mode::Auto, log: LevelFilter::Info };
+    let mut config = Config {
+        ecam: Vec::new(),
+        devices: Vec::new(),
+        mode: Mode::Auto,
+        log: LevelFilter::Info,
+        topology: topology::Kind::Vpci,
+    };
     let mut complaints = Vec::new();
     let mut places: Vec<(usize, &str)> = Vec::new();
     for (position, text) in words(line) {
@@ -210,28 +219,27 @@ pub fn parse(line: &str) -> (Config, Vec<Complaint>) {
                 "trace" => config.log = LevelFilter::Trace,
                 _ => complain("no such level: error, warn, info, debug or trace"),
             },
-            "topology" => match value {
-                "vpci" => {}
-                "passthrough" => complain("not in this version; taken as topology=vpci"),
-                _ => complain("no such topology: vpci"),
+            "topology" => match topology::Kind::parse(value) {
+                Some(kind) => config.topology = kind,
+                None => complain("no such topology: vpci or passthrough"),
             },
             _ => complain("unknown word: ecam=, dev=, mode=, log= and topology= are known"),
         }
     }
-    // Windows may stand behind the functions they cover.
-    let ecam = &config.ecam;
+    // Windows may stand behind the functions they cover, and the topology behind the slots it has no use for.
+    let (ecam, topology) = (&config.ecam, config.topology);
     let mut place = places.into_iter();
     config.devices.retain(|device| {
         let (position, text) = place.next().unwrap_or((0, ""));
-        let covered = ecam.iter().any(|window| window.frame(device.sbdf).is_some());
-        if !covered {
-            complaints.push(Complaint {
-                position,
-                text: text.to_string(),
-                why: "no ecam= window covers this function; `xl-pciback config` prints the right one".to_string(),
-            });
-        }
-        covered
+        let why = if !ecam.iter().any(|window| window.frame(device.sbdf).is_some()) {
+            "no ecam= window covers this function; `xl-pciback config` prints the right one"
+        } else if topology == topology::Kind::Passthrough && device.slot.is_some() {
+            "slot= is for topology=vpci: with topology=passthrough a guest sees the host's address; remove one of them"
+        } else {
+            return true;
+        };
+        complaints.push(Complaint { position, text: text.to_string(), why: why.to_string() });
+        false
     });
     complaints.sort_by_key(|complaint| complaint.position);
     (config, complaints)
@@ -327,6 +335,7 @@ mod tests {
         assert_eq!(complaints, []);
         assert_eq!(config.mode, Mode::Mmcfg0);
         assert_eq!(config.log, LevelFilter::Debug);
+        assert_eq!(config.topology, topology::Kind::Vpci);
         assert_eq!(config.devices[0].guest.as_deref(), Some("db1"));
         assert_eq!(config.devices[0].id, Some((0x1b36, 0x0010)));
         assert_eq!(config.devices[1].options(), "permissive,slot=1f");
@@ -352,6 +361,21 @@ mod tests {
         assert_eq!(config.devices.len(), 1);
         assert!(!config.devices[0].permissive);
         assert_eq!((config.mode, config.log), (Mode::Auto, LevelFilter::Info));
+    }
+
+    #[test]
+    fn a_slot_has_no_place_in_the_passthrough_topology() {
+        let line = "ecam=0000:00-ff@b0000000 dev=01:00.0,slot=3 dev=02:00.0 topology=passthrough";
+        let (config, complaints) = parse(line);
+        assert_eq!((config.topology, config.devices.len()), (topology::Kind::Passthrough, 1));
+        assert_eq!(complaints.len(), 1);
+        assert_eq!((complaints[0].position, complaints[0].text.as_str()), (25, "dev=01:00.0,slot=3"));
+        assert!(complaints[0].why.starts_with("slot= is for topology=vpci"));
+        for word in ["topology", "topology=", "topology=flat"] {
+            let (config, complaints) = parse(word);
+            assert_eq!((config.topology, complaints.len()), (topology::Kind::Vpci, 1), "{word}");
+            assert_eq!(complaints[0].why, "no such topology: vpci or passthrough");
+        }
     }
 
     #[test]

@@ -18,13 +18,13 @@ use crate::platform::{Channel, ConfigSpace, Platform, Port, SharedPage, Store, S
 use crate::sbdf::Sbdf;
 use crate::serve::{self, Counters, Desk, Notice};
 use crate::throttle::Throttle;
-use crate::topology::{DeviceIndex, Topology};
+use crate::topology::{self, DeviceIndex, Topology, Wish};
 use crate::wire::{MAGIC, MAX_VECTORS, MsixEntries, MsixEntry, PCIF_ACTIVE, op};
 
 /// Configuration accesses served before the other frontends get their turn.
 const REQUESTS_A_TURN: usize = 8;
 
-/// Functions a virtual bus can hold: what `num_devs` may say at most.
+/// Functions one domain can own: what `num_devs` may say at most.
 const MAX_FUNCTIONS: u32 = 256;
 
 /// What a step may use: the machine and the functions.
@@ -114,10 +114,10 @@ pub struct Frontend<P: Platform> {
 
 impl<P: Platform> Frontend<P> {
     /// A frontend nothing is known of yet.
-    pub fn new(link: Link) -> Frontend<P> {
+    pub fn new(link: Link, topology: topology::Kind) -> Frontend<P> {
         Frontend {
             link,
-            topology: Topology::default(),
+            topology: Topology::new(topology),
             connection: None,
             watching: false,
             faulted: false,
@@ -387,7 +387,7 @@ impl<P: Platform> Frontend<P> {
             let list = self.list(cx)?.unwrap_or_default();
             let mut told = Vec::new();
             let mut outcome = Export::Complete;
-            for (place, function) in list.iter().enumerate() {
+            for function in &list {
                 let device = position(cx.devices, function.sbdf());
                 let wanted = matches!(function.state, XenbusState::Initialising | XenbusState::Initialised) && export;
                 if let (XenbusState::Closing, Some(device)) = (function.state, device) {
@@ -408,7 +408,7 @@ impl<P: Platform> Frontend<P> {
                     continue;
                 }
                 let nodes = match function.state {
-                    _ if wanted => self.export(cx, function, list.get(..place).unwrap_or_default()),
+                    _ if wanted => self.export(cx, function, &list),
                     XenbusState::Closing => vec![("state", Some(XenbusState::Closed.text().to_string()))],
                     _ => continue,
                 };
@@ -448,8 +448,14 @@ impl<P: Platform> Frontend<P> {
                 }
             }
             if roots {
-                store.write(Some(tx), &link.back("root-0"), "0000:00")?;
-                store.write(Some(tx), &link.back("root_num"), "1")?;
+                for (number, (segment, bus)) in self.topology.roots().iter().enumerate() {
+                    store.write(
+                        Some(tx),
+                        &link.back(&format!("root-{number}")),
+                        &format!("{segment:04x}:{bus:02x}"),
+                    )?;
+                }
+                store.write(Some(tx), &link.back("root_num"), &self.topology.roots().len().to_string())?;
             }
             Ok(true)
         })?;
@@ -489,7 +495,7 @@ impl<P: Platform> Frontend<P> {
                 let state = node(&format!("state-{index}"))?;
                 let state = state.map_or(XenbusState::Initialising, |text| XenbusState::parse(&text));
                 let mut function = Listed { index, name, state, terms: Terms::default() };
-                let exported = position(devices, function.sbdf()).and_then(|device| topology.devfn_of(device));
+                let exported = position(devices, function.sbdf()).and_then(|device| topology.place_of(device));
                 let wanted = matches!(state, XenbusState::Initialising | XenbusState::Initialised);
                 if wanted && exported.is_none() {
                     function.terms = Terms {
@@ -514,26 +520,27 @@ impl<P: Platform> Frontend<P> {
     }
 
     /// Exports one function of the list, and returns what is to be said of it. What is wrong with it is that
-    /// function's alone. `before` are the entries above it.
+    /// function's alone.
     fn export(
         &mut self,
         cx: &mut Context<'_, P>,
         function: &Listed,
-        before: &[Listed],
+        list: &[Listed],
     ) -> Vec<(&'static str, Option<String>)> {
-        let exported = position(cx.devices, function.sbdf()).and_then(|device| self.topology.devfn_of(device));
-        let twice = function.sbdf().is_some() && before.iter().any(|other| other.sbdf() == function.sbdf());
+        let exported = position(cx.devices, function.sbdf()).and_then(|device| self.topology.place_of(device));
+        let mut before = list.iter().take_while(|other| other.index < function.index);
+        let twice = function.sbdf().is_some() && before.any(|other| other.sbdf() == function.sbdf());
         let outcome = match exported {
             _ if twice => Err(format!("{} is listed twice", function.name.as_deref().unwrap_or_default())),
             // Both nodes are written together, so the address stands there too.
             Some(_) if function.state == XenbusState::Initialised => return Vec::new(),
-            Some(devfn) => Ok(devfn),
-            None => self.try_export(cx, function),
+            Some(place) => Ok(place),
+            None => self.try_export(cx, function, list),
         };
         match outcome {
-            Ok(devfn) => vec![
+            Ok(place) => vec![
                 ("error", None),
-                ("vdev", Some(nodes::vdev(devfn))),
+                ("vdev", Some(nodes::vdev(place))),
                 ("state", Some(XenbusState::Initialised.text().to_string())),
             ],
             Err(why) => {
@@ -544,20 +551,14 @@ impl<P: Platform> Frontend<P> {
         }
     }
 
-    /// Exports a function that is not exported yet, and returns its virtual devfn.
-    fn try_export(&mut self, cx: &mut Context<'_, P>, function: &Listed) -> Result<u8, String> {
+    /// Exports a function that is not exported yet, and returns where the guest sees it.
+    fn try_export(&mut self, cx: &mut Context<'_, P>, function: &Listed, list: &[Listed]) -> Result<Sbdf, String> {
         let Listed { index, name, terms, .. } = function;
         let name = name.as_deref().ok_or_else(|| format!("dev-{index} is missing"))?;
         let sbdf: Sbdf = name.parse().map_err(|bad| format!("dev-{index} is {name:?}: {bad}"))?;
         let position = position(cx.devices, Some(sbdf))
             .ok_or_else(|| format!("{sbdf} is not this driver domain's: add it to iomem= and dev= of its xl config"))?;
-        let function_0_follows = sbdf.function() == 0 || {
-            let zero = Sbdf::new(sbdf.segment(), sbdf.bus(), sbdf.devfn() & !7);
-            let wanted = cx.devices.get(position).and_then(|device| device.entry.guest.clone());
-            cx.devices
-                .iter()
-                .any(|device| device.entry.sbdf == zero && device.entry.guest == wanted && wanted.is_some())
-        };
+        let function_0_follows = sbdf.function() == 0 || self.has_function_0(cx.devices, position, list);
         let device = cx.devices.get_mut(position).ok_or("it is gone")?;
         if let Some(wanted) = &device.entry.guest
             && terms.guest.as_ref() != Some(wanted)
@@ -582,25 +583,44 @@ impl<P: Platform> Frontend<P> {
             .ok_or_else(|| format!("resource-{index} is missing or malformed: attach with xl-pciback"))?;
         let options = terms.options.as_deref().unwrap_or_default();
         let permissive = device.entry.permissive || options.split(',').any(|option| option == "permissive=1");
-        let slot = device.entry.slot;
+        let is_virtual = device.peek().is_some_and(|function| function.config.identity().is_virtual());
+        let wish = Wish { slot: device.entry.slot, function_0_follows, is_virtual };
         let guest = self.link.frontend;
         let view = GuestView { pirq, resources, permissive, multifunction: false };
         device.attach(guest, view, cx.platform.physdev())?;
-        let Ok(devfn) = self.topology.add(position, sbdf, slot, function_0_follows) else {
+        let Ok(place) = self.topology.add(position, sbdf, wish) else {
             let now = cx.platform.now();
             device.detach(cx.platform.physdev(), now);
             return Err("the guest's virtual bus is full".to_string());
         };
         self.refresh_multifunction(cx);
         let permissive = if permissive { ", permissive" } else { "" };
-        log::info!("{sbdf}: exported to domain {guest} as {}{permissive}, pirq {pirq}", nodes::vdev(devfn));
-        Ok(devfn)
+        log::info!("{sbdf}: exported to domain {guest} as {}{permissive}, pirq {pirq}", nodes::vdev(place));
+        Ok(place)
     }
 
-    /// The multifunction bit is the truth about the virtual slot, not about the physical one.
+    /// Whether the guest has function 0 of the same physical device too, or is about to: it is on the list, or
+    /// promised to this guest like the function at `position`; and it can be exported.
+    fn has_function_0(&self, devices: &[Device<P::Config>], position: DeviceIndex, list: &[Listed]) -> bool {
+        let Some(entry) = devices.get(position).map(|device| &device.entry) else { return false };
+        let zero = Sbdf::new(entry.sbdf.segment(), entry.sbdf.bus(), entry.sbdf.devfn() & !7);
+        let wanted = |state| matches!(state, XenbusState::Initialising | XenbusState::Initialised);
+        let listed = list.iter().any(|function| function.sbdf() == Some(zero) && wanted(function.state));
+        devices.iter().filter(|device| device.entry.sbdf == zero).any(|device| {
+            let promised = entry.guest.is_some() && device.entry.guest == entry.guest;
+            let to_be_had = match device.state {
+                State::Ready | State::Resetting => true,
+                State::InUse(guest) => guest == self.link.frontend,
+                State::Broken(_) => false,
+            };
+            to_be_had && (listed || promised)
+        })
+    }
+
+    /// The multifunction bit is the truth about the slot that the guest sees, not about the physical one.
     fn refresh_multifunction(&self, cx: &mut Context<'_, P>) {
-        for (devfn, device) in self.topology.entries() {
-            let several = self.topology.functions_beside(devfn) > 1;
+        for (place, device) in self.topology.entries() {
+            let several = self.topology.functions_beside(place) > 1;
             if let Some(function) = cx.devices.get_mut(device).and_then(Device::function) {
                 function.config.set_multifunction(several);
             }
@@ -608,7 +628,7 @@ impl<P: Platform> Frontend<P> {
     }
 
     fn release(&mut self, cx: &mut Context<'_, P>, index: DeviceIndex) {
-        if self.topology.devfn_of(index).is_none() {
+        if self.topology.place_of(index).is_none() {
             return;
         }
         self.topology.remove(index);

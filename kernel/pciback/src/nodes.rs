@@ -183,9 +183,10 @@ impl Link {
     }
 }
 
-/// Text of `vdev-N`: the function has two digits.
-pub fn vdev(devfn: u8) -> String {
-    format!("0000:00:{:02x}.{:02x}", devfn >> 3, devfn & 7)
+/// Text of `vdev-N`, the address in the guest: the function has two digits.
+pub fn vdev(place: Sbdf) -> String {
+    let (segment, bus, device, function) = (place.segment(), place.bus(), place.device(), place.function());
+    format!("{segment:04x}:{bus:02x}:{device:02x}.{function:02x}")
 }
 
 /// A node of the folder in which the state of a function is published. xenstored accepts neither
@@ -210,7 +211,8 @@ mod tests {
         assert_eq!(link.back("state"), "backend/pci/7/0/state");
         assert_eq!(link.front("state"), "/local/domain/7/device/pci/0/state");
         assert_eq!(Link::of_token(&link.token()), Some(link));
-        assert_eq!(vdev(0xfd), "0000:00:1f.05");
+        assert_eq!(vdev(Sbdf::new(0, 0, 0xfd)), "0000:00:1f.05");
+        assert_eq!(vdev(Sbdf::new(2, 0x80, 0xa0)), "0002:80:14.00");
     }
 
     #[test]

@@ -21,6 +21,7 @@ mod msix_nvme;
 mod nic;
 mod nic_kinds;
 mod nvme;
+mod passthrough_topology;
 mod promises;
 mod read_only;
 mod reboot;
@@ -105,13 +106,19 @@ const EVERYWHERE: &[Boot] = &Boot::ALL;
 const DELEGATED: &[Boot] = &[Boot::Plain];
 
 /// All of them.
-pub const ALL: [Scenario; 34] = [
+pub const ALL: [Scenario; 35] = [
     scenario("nvme", STOCK, "a guest reads and writes an NVMe drive, with interrupts", nvme::run),
     scenario("nic", STOCK, "a guest uses a network card", nic::run),
     scenario("two-guests", STOCK, "two guests use a device each at once", two_guests::run),
     scenario("two-functions", EVERYWHERE, "a guest gets a second function while it runs", two_functions::run),
     scenario("destroyed", EVERYWHERE, "a guest dies under I/O, the next one gets the device", destroyed::run),
     scenario("reboot", STOCK, "a guest reboots and gets its device again", reboot::run),
+    scenario(
+        "passthrough-topology",
+        STOCK,
+        "a guest sees its functions at the host's addresses",
+        passthrough_topology::run,
+    ),
     scenario("hotplug", EVERYWHERE, "a device is detached and attached while the guest runs", hotplug::run),
     scenario("module-reload", EVERYWHERE, "the guest reloads its drivers and pcifront", module_reload::run),
     scenario("idle", STOCK, "the driver domain does not run when nothing is to do", idle::run),
@@ -185,7 +192,7 @@ const WITH_MMCFG_OFF: [&str; 14] = [
 const LONG: [&str; 2] = ["fifty-reboots", "killed-often"];
 
 /// What one release is enough for in the test: nothing in it is another on the newer one.
-const ONCE: [&str; 2] = ["command-line", "reboots"];
+const ONCE: [&str; 3] = ["command-line", "passthrough-topology", "reboots"];
 
 impl Scenario {
     /// Whether `cargo xtask test` runs it there.
