@@ -459,7 +459,12 @@ fn carry_out<'a>(
 
     let irq = rights::irq(function).unwrap_or(0);
     if irq == 0 {
-        eprintln!("xl-pciback: warning: {sbdf} has no line interrupt that dom0 has routed; its driver may not work");
+        // No virtual function has one (SR-IOV 1.1, 3.4.1.18).
+        if !function.is_virtual {
+            eprintln!(
+                "xl-pciback: warning: {sbdf} has no line interrupt that dom0 has routed; its driver may not work"
+            );
+        }
     } else {
         host.xen.map_pirq(domid, irq).map_err(|number| {
             Failure::new(format!("{sbdf}: GSI {irq} cannot be mapped for the guest: {}", errno(number)), "see xl dmesg")
