@@ -113,7 +113,8 @@ pub struct Guest<'a> {
     pub passthrough: bool,
     /// A device for dom0's own xen-pciback.
     pub pci: Option<&'a str>,
-    /// Which device drivers it loads; the fewer the quicker it is up: `nvme`, `e1000e`, `disks` or `all`.
+    /// Which device drivers it loads; the fewer the quicker it is up: `nvme`, `e1000e`, `disks`, `parts` (of the machine
+    /// that only the device matrix uses), or several of them with commas, or `all` but `parts`.
     pub drivers: &'a str,
     /// More words for its kernel's command line.
     pub extra: &'a str,
@@ -159,7 +160,7 @@ pub struct Interrupt {
 }
 
 impl Interrupt {
-    fn parse(line: &str) -> Option<Self> {
+    pub(crate) fn parse(line: &str) -> Option<Self> {
         let mut words = line.split_whitespace().skip(1).peekable();
         let mut count = 0;
         while let Some(number) = words.peek().and_then(|word| word.parse::<u64>().ok()) {
@@ -471,14 +472,14 @@ impl Rig {
         self.wait_published(&device_node(bdf, "state"), state)
     }
 
-    /// Waits until nobody has a function any more.
-    fn wait_all_ready(&mut self) -> Outcome {
-        let nodes = OWNED.map(|bdf| format!("$d/{}", device_node(bdf, "state"))).join(" ");
-        let ready = ["ready"; OWNED.len()].join(" ");
+    /// Waits until nobody has any of these functions.
+    pub fn wait_ready(&mut self, functions: &[&str]) -> Outcome {
+        let nodes: String = functions.iter().map(|bdf| format!(" $d/{}", device_node(bdf, "state"))).collect();
+        let ready = vec!["ready"; functions.len()].join(" ");
         self.wait(
             "all functions to be ready",
             60,
-            &format!("d={PUBLISHED}; [ \"$(echo $(xenstore-read {nodes}))\" = \"{ready}\" ]"),
+            &format!("d={PUBLISHED}; [ \"$(echo $(xenstore-read{nodes}))\" = \"{ready}\" ]"),
         )
     }
 
@@ -581,11 +582,11 @@ impl Rig {
         if output.contains("none") {
             self.start_driver()?;
         }
-        if self.wait_all_ready().is_err() {
+        if self.wait_ready(&OWNED).is_err() {
             // A device that does not come back must not spoil what follows: a new driver domain starts from nothing.
             self.exec(&format!("xl destroy {DRIVER}"))?;
             self.start_driver()?;
-            self.wait_all_ready()?;
+            self.wait_ready(&OWNED)?;
         }
         Ok(())
     }

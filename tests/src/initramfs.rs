@@ -37,7 +37,8 @@ exit 1
 "#;
 
 /// The guest's init. Kernel messages go to the console until the command server needs it for itself. On its command line
-/// `MODULE.PARAMETER=VALUE` is for that module, and `rig.drivers=` says which drivers are loaded: `nvme`, `e1000e`, `disks` or `all`.
+/// `MODULE.PARAMETER=VALUE` is for that module, and `rig.drivers=` says which drivers are loaded: `nvme`, `e1000e`, `disks`,
+/// `parts` or `all`, or several of them with commas.
 const GUEST_INIT: &str = r#"#!/bin/busybox sh
 export PATH=/bin
 /bin/busybox --install -s /bin
@@ -48,8 +49,16 @@ words() { found=; for word in $line; do case $word in $1*) found="$found ${word#
 dif="crct10dif_common crc-t10dif crc64 crc64-rocksoft t10-pi"
 nvme="$dif nvme-keyring nvme-auth nvme-core nvme"
 disks="$dif scsi_common scsi_mod sd_mod usb-common usbcore usb-storage xhci-hcd xhci-pci-renesas xhci-pci libata libahci ahci"
+virtio="virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci failover net_failover virtio_net"
+sound="soundcore snd snd-timer snd-pcm snd-hwdep snd-hda-core snd-hda-codec ledtrig-audio snd-hda-codec-generic snd-intel-sdw-acpi snd-intel-dspcfg snd-hda-intel"
 words rig.drivers=
-case ${found# } in nvme) list=$nvme;; e1000e) list=e1000e;; disks) list=$disks;; *) list="$nvme e1000e $disks";; esac
+list=
+for group in ${found//,/ }; do
+  case $group in
+    nvme) list="$list $nvme";; e1000e) list="$list e1000e";; disks) list="$list $disks";;
+    parts) list="$list mii 8139cp $virtio uio uio_pci_generic $sound";; *) list="$nvme e1000e $disks";;
+  esac
+done
 for m in $list xen-pcifront; do
   words $m.
   [ -e /modules/$m.ko ] && insmod /modules/$m.ko $found

@@ -31,6 +31,11 @@ pub const SATA_MIB: u64 = 16;
 /// Seed of the SATA drive's content.
 pub const SATA_SEED: u64 = 22;
 
+/// Size of the namespace that the second NVMe drive shares with its virtual function.
+pub const SHARED_MIB: u64 = 16;
+/// Seed of its content.
+pub const SHARED_SEED: u64 = 23;
+
 /// Signals QEMU dies of by its own fault: whatever runs in the machine must not bring the emulator down. Seen of QEMU 7.2:
 /// an assertion about the timer of an e1000e whose driver turns on MSI-X while it still runs for the interrupt line
 /// (e1000e_intrmgr_on_throttling_timer in hw/net/e1000e_core.c).
@@ -154,6 +159,17 @@ fn qemu(base: &Base, options: &Options) -> Command {
     command.args(["-device", "qemu-xhci,id=xhci,bus=pcie.0,addr=7", "-device", "usb-storage,bus=xhci.0,drive=stick"]);
     command.arg("-drive").arg(format!("if=none,id=sata,format=raw,file={}", show("sata.img")));
     command.args(["-device", "ich9-ahci,id=ahci,bus=pcie.0,addr=8", "-device", "ide-hd,bus=ahci.0,drive=sata"]);
+    parts(&mut command);
+    command.arg("-drive").arg(format!("if=none,id=shared,format=raw,file={}", show("shared.img")));
+    // One virtual function with three queues and interrupts, which its physical function must give it first.
+    for device in [
+        "pcie-root-port,id=rp3,bus=pcie.0,addr=b,slot=3,chassis=3,x-speed=5",
+        "nvme-subsys,id=family",
+        "nvme,id=physical,serial=shared,subsys=family,bus=rp3,sriov_max_vfs=1,sriov_vq_flexible=3,sriov_vi_flexible=3",
+        "nvme-ns,drive=shared,bus=physical,nsid=1",
+    ] {
+        command.args(["-device", device]);
+    }
     // noreplace-smp: the emulator translates code anew that is changed while it runs.
     command.arg("-kernel").arg(&base.xen).arg("-initrd").arg(format!(
         "{} console=hvc0 nokaslr noreplace-smp loglevel=4,{}",
@@ -168,6 +184,30 @@ fn qemu(base: &Base, options: &Options) -> Command {
         options.xen_args
     ));
     command
+}
+
+/// What only the device matrix (`scenarios/device_matrix.rs`) gives to guests. Each card is on a network of its own, and none
+/// has a ROM, which the firmware would run at each boot.
+fn parts(command: &mut Command) {
+    let mut device = |text: &str| {
+        command.args(["-device", text]);
+    };
+    device("pcie-root-port,id=rp2,bus=pcie.0,addr=9,slot=2,chassis=2,x-speed=5");
+    device("pcie-pci-bridge,id=bridge,bus=pcie.0,addr=a");
+    device("edu,bus=pcie.0,addr=c");
+    device("intel-hda,id=hda,bus=pcie.0,addr=e");
+    command.args(["-audiodev", "none,id=silence", "-device", "hda-output,bus=hda.0,audiodev=silence"]);
+    for (number, card) in [
+        // iommu_platform: without it the card's transactions would not go through the IOMMU, as those of a real one do.
+        (2, "virtio-net-pci,bus=rp2,disable-legacy=on,iommu_platform=on"),
+        (3, "rtl8139,bus=bridge,addr=1"),
+        (4, "rtl8139,bus=pcie.0,addr=d"),
+        (5, "e1000e,bus=pcie.0,addr=10.0,multifunction=on"),
+        (6, "e1000e,bus=pcie.0,addr=10.1"),
+    ] {
+        command.arg("-netdev").arg(format!("user,id=net{number},net=10.0.{}.0/24", number + 2));
+        command.arg("-device").arg(format!("{card},netdev=net{number},romfile="));
+    }
 }
 
 /// Waits for the command server, then hands over one reply for each number asked for.
@@ -198,7 +238,8 @@ fn listen(out: ChildStdout, wanted: &Receiver<u64>, replies: &Sender<std::io::Re
 fn make_disks(dir: &Path) -> Result<()> {
     make_disk(&dir.join("nvme.img"), DISK_SEED, DISK_MIB)?;
     make_disk(&dir.join("stick.img"), STICK_SEED, STICK_MIB)?;
-    make_disk(&dir.join("sata.img"), SATA_SEED, SATA_MIB)
+    make_disk(&dir.join("sata.img"), SATA_SEED, SATA_MIB)?;
+    make_disk(&dir.join("shared.img"), SHARED_SEED, SHARED_MIB)
 }
 
 fn make_disk(path: &Path, seed: u64, size_mib: u64) -> Result<()> {
@@ -384,7 +425,7 @@ impl Drop for Machine {
         }
         let _ = self.child.wait();
         // The images are made anew by every boot.
-        for name in ["dom0.img", "nvme.img", "stick.img", "sata.img"] {
+        for name in ["dom0.img", "nvme.img", "stick.img", "sata.img", "shared.img"] {
             let _ = std::fs::remove_file(self.dir.join(name));
         }
     }

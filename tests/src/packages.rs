@@ -100,7 +100,7 @@ impl Release {
 }
 
 /// Modules of the kernel package that dom0 and guests load; not every release has each.
-const MODULES: [&str; 29] = [
+const MODULES: [&str; 53] = [
     "xen-evtchn",
     "xen-gntdev",
     "xen-gntalloc",
@@ -130,6 +130,30 @@ const MODULES: [&str; 29] = [
     "libata",
     "libahci",
     "ahci",
+    "mii",
+    "8139cp",
+    "virtio",
+    "virtio_ring",
+    "virtio_pci_modern_dev",
+    "virtio_pci_legacy_dev",
+    "virtio_pci",
+    "failover",
+    "net_failover",
+    "virtio_net",
+    "uio",
+    "uio_pci_generic",
+    "soundcore",
+    "snd",
+    "snd-timer",
+    "snd-pcm",
+    "snd-hwdep",
+    "snd-hda-core",
+    "snd-hda-codec",
+    "ledtrig-audio",
+    "snd-hda-codec-generic",
+    "snd-intel-sdw-acpi",
+    "snd-intel-dspcfg",
+    "snd-hda-intel",
 ];
 
 /// xl's settings. A program that restores the x87 state (FXRSTOR, XRSTOR) has QEMU change a flag of the *first* processor without
@@ -139,7 +163,7 @@ const MODULES: [&str; 29] = [
 const XL_CONF: &str = "vm.hvm.cpumask=\"1\"\n";
 
 /// Changes when what is made of the packages changes, so that an old cache is made anew.
-const LAYOUT: &str = "5";
+const LAYOUT: &str = "6";
 
 /// The release whose QEMU runs the machines: that of the host may be an older one.
 const EMULATOR: Release = Release::Trixie;

@@ -1,6 +1,8 @@
 //! The rig's helper: runs commands that come over a serial line, in dom0 and in guests, and does what busybox cannot
 //! (checksums past the page cache, patterns, timed configuration accesses). Linked statically, so it needs nothing.
 
+mod nvme;
+
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -18,6 +20,8 @@ rig-agent await SECONDS TIMES TEXT OTHER FILE   wait until a file holds TEXT so 
 rig-agent sum FILE OFFSET_MIB COUNT_MIB     checksum, past the page cache
 rig-agent pattern FILE OFFSET_MIB COUNT_MIB SEED
 rig-agent hammer FILE                       read all of a disk again and again, until killed
+rig-agent registers FILE                    a config file as lspci -xxxx prints it, without rows of zeros
+rig-agent nvme-virtualization FILE CONTROLLER KIND ACTION COUNT   have an NVMe controller give or take resources
 rig-agent config-read FILE OFFSET COUNT     time dword reads of a config file, ns for one
 rig-agent config-write FILE OFFSET COUNT    time dword writes of the value that is there, ns for one
 rig-agent config-change FILE OFFSET COUNT   time byte writes of 8 and 16 in turn, ns for one";
@@ -41,6 +45,8 @@ fn main() -> ExitCode {
         ["sum", file, offset, count] => sum(file, offset, count),
         ["pattern", file, offset, count, seed] => pattern(file, offset, count, seed),
         ["hammer", file] => hammer(file),
+        ["nvme-virtualization", file, id, kind, action, count] => virtualization(file, id, kind, action, count),
+        ["registers", file] => registers(file),
         ["config-read", file, offset, count] => config(file, offset, count, Access::Read),
         ["config-write", file, offset, count] => config(file, offset, count, Access::Write),
         ["config-change", file, offset, count] => config(file, offset, count, Access::Change),
@@ -216,6 +222,24 @@ fn number(text: &str) -> io::Result<u64> {
         None => text.parse(),
     }
     .map_err(|_| invalid("not a number"))
+}
+
+/// Prints a config file: its length, then each row of 16 bytes that are not all zeros.
+fn registers(path: &str) -> io::Result<()> {
+    let bytes = std::fs::read(path)?;
+    println!("{:x}", bytes.len());
+    for (row, bytes) in bytes.chunks(16).enumerate().filter(|(_, bytes)| bytes.iter().any(|byte| *byte != 0)) {
+        let bytes: String = bytes.iter().map(|byte| format!(" {byte:02x}")).collect();
+        println!("{:02x}:{bytes}", 16 * row);
+    }
+    Ok(())
+}
+
+fn virtualization(path: &str, id: &str, kind: &str, action: &str, count: &str) -> io::Result<()> {
+    fn small<T: TryFrom<u64>>(text: &str) -> io::Result<T> {
+        T::try_from(number(text)?).map_err(|_| invalid("the number is too large"))
+    }
+    nvme::virtualization(path, small(id)?, small(kind)?, small(action)?, small(count)?)
 }
 
 /// What is timed.

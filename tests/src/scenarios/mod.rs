@@ -7,6 +7,7 @@ mod alone;
 mod bus_reset;
 mod command_line;
 mod destroyed;
+mod device_matrix;
 mod exception;
 mod foreign;
 mod hostile_driver;
@@ -36,6 +37,7 @@ mod two_drivers;
 mod two_functions;
 mod two_guests;
 mod usb;
+mod virtual_function;
 
 /// A kind of machine: which Xen it boots, and how.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,7 +108,7 @@ const EVERYWHERE: &[Boot] = &Boot::ALL;
 const DELEGATED: &[Boot] = &[Boot::Plain];
 
 /// All of them.
-pub const ALL: [Scenario; 35] = [
+pub const ALL: [Scenario; 37] = [
     scenario("nvme", STOCK, "a guest reads and writes an NVMe drive, with interrupts", nvme::run),
     scenario("nic", STOCK, "a guest uses a network card", nic::run),
     scenario("two-guests", STOCK, "two guests use a device each at once", two_guests::run),
@@ -136,6 +138,18 @@ pub const ALL: [Scenario; 35] = [
         nic_kinds::run,
     ),
     scenario("msi-drive", EVERYWHERE, "a SATA drive works with MSI", msi_drive::run),
+    scenario(
+        "device-matrix",
+        DELEGATED,
+        "ten kinds of functions work, and show the right registers",
+        device_matrix::run,
+    ),
+    scenario(
+        "virtual-function",
+        DELEGATED,
+        "two guests in turn use a virtual function of a drive that dom0 uses",
+        virtual_function::run,
+    ),
     scenario("usb", EVERYWHERE, "a guest has a USB controller with a stick behind it", usb::run),
     scenario(
         "stale-maskall",
