@@ -564,7 +564,10 @@ fn announce<C: ConfigSpace>(device: &Device<C>) {
     }
     let Some(function) = device.peek() else { return };
     if let Some(at) = function.config.hidden() {
-        log::warn!("{}: its MSI-X capability at {at:#x} cannot be true, so no guest sees it", entry.sbdf);
+        log::warn!(
+            "{}: its MSI-X capability at {at:#x} cannot be true, or Xen cannot find its table: no guest sees it",
+            entry.sbdf
+        );
     }
     if let Some(msix) = function.interrupts.msix().filter(|msix| msix.shares_page()) {
         let (bar, from, to) = (msix.table.bar, msix.table.start & !0xfff, msix.table.end().next_multiple_of(0x1000));

@@ -6,6 +6,7 @@
 //! The rules follow Linux's xen-pciback (`conf_space*.c`) and the advisories XSA-120, XSA-126 and
 //! XSA-128; where this differs on purpose, a comment says so.
 
+mod allocation;
 mod bars;
 mod identity;
 mod msi;

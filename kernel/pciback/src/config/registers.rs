@@ -6,6 +6,7 @@
 
 use alloc::vec::Vec;
 
+use super::allocation;
 use super::msi::{Msi, Msix};
 use crate::platform::{ConfigSpace, Width};
 
@@ -172,6 +173,8 @@ pub mod capability {
     pub const MSIX: u8 = 0x11;
     /// Advanced Features.
     pub const ADVANCED: u8 = 0x13;
+    /// Enhanced Allocation.
+    pub const ALLOCATION: u8 = 0x14;
 }
 
 /// The register an entry of the table stands for.
@@ -347,7 +350,19 @@ pub fn walk<C: ConfigSpace>(hardware: &C) -> Vec<Found> {
         found.push(Found { offset: at, id, hidden });
         at = pointer(header >> 8);
     }
+    hide_tables_without_register(hardware, &mut found);
     found
+}
+
+/// Xen takes the place of an MSI-X table from the base address register alone. Where Enhanced Allocation has it
+/// instead, Xen cannot protect the table, and maps no vector: such a capability is of no use to a guest.
+fn hide_tables_without_register<C: ConfigSpace>(hardware: &C, list: &mut [Found]) {
+    let allocations = list.iter().filter(|found| found.id == capability::ALLOCATION);
+    let moved = allocations.fold(0, |moved, found| moved | allocation::registers(hardware, found.offset));
+    for found in list.iter_mut().filter(|found| found.id == capability::MSIX && !found.hidden) {
+        let Msix { table, pending, .. } = Msix::read(hardware, found.offset);
+        found.hidden = [table, pending].iter().any(|place| moved >> place.bar & 1 != 0);
+    }
 }
 
 /// Bytes of an MSI-X capability.

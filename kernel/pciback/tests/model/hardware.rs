@@ -226,6 +226,23 @@ impl Hardware {
         self.takes.borrow_mut()[range].fill(0);
     }
 
+    /// From now on these registers take every write.
+    pub fn open(&self, range: std::ops::Range<usize>) {
+        self.takes.borrow_mut()[range].fill(0xff);
+    }
+
+    /// The same function with these resources: the node, and which bits of its six base address registers and the
+    /// ROM's take a write, before a reset and after it.
+    pub fn with_bars(mut self, resources: String, takes: [u32; 7]) -> Hardware {
+        self.resources = resources;
+        for (index, takes) in takes.into_iter().enumerate() {
+            let at = if index == 6 { 0x30 } else { 0x10 + 4 * index };
+            self.takes.borrow_mut()[at..at + 4].copy_from_slice(&takes.to_le_bytes());
+            self.volatile[at..at + 4].copy_from_slice(&takes.to_le_bytes());
+        }
+        self
+    }
+
     pub fn silence(&self, now: Nanos) -> Option<Silence> {
         self.silent.get().filter(|(until, _)| now < *until).map(|(_, how)| how)
     }

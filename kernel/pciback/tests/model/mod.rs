@@ -6,6 +6,7 @@
 pub mod dom0;
 pub mod guest;
 pub mod hardware;
+pub mod images;
 pub mod logs;
 pub mod store;
 pub mod xen;
