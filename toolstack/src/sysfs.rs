@@ -37,6 +37,11 @@ impl Resource {
     pub fn is_used(&self) -> bool {
         self.start != 0 && self.end >= self.start
     }
+
+    /// Whether a base address register holds it: with Enhanced Allocation (`IORESOURCE_PCI_EA_BEI`) it reads zero.
+    pub fn is_in_register(&self) -> bool {
+        self.is_used() && self.flags & 0x20 == 0
+    }
 }
 
 /// What is known of one function.

@@ -106,7 +106,7 @@ impl Rules {
             if std::mem::take(&mut upper) {
                 continue;
             }
-            let address = if resource.is_used() { resource.start } else { 0 };
+            let address = if resource.is_in_register() { resource.start } else { 0 };
             if let Some(bar) = bars.get_mut(number) {
                 *bar = address;
             }
@@ -332,6 +332,22 @@ pub mod tests {
         assert_eq!(Rules::new(&function(), &space), None, "an ordinary one has ids");
         space[8..12].fill(0xff);
         assert_eq!(Rules::new(&whole, &space), None, "nothing is there");
+    }
+
+    /// A Cavium ThunderX has its addresses in its Enhanced Allocation capability, and zeros in the registers for good:
+    /// nothing of it was lost.
+    #[test]
+    fn addresses_of_enhanced_allocation_are_in_no_register() {
+        let mut resources = [Resource::default(); 7];
+        resources[0] = Resource { start: 0x8430_0000_0000, end: 0x8430_3fff_ffff, flags: 0x10_0220 };
+        let allocated = Function { resources, ..function() };
+        let mut space = space();
+        space[0x10..0x34].fill(0);
+        let now = |at: u16, width: Width| Some(dword(&space, at) & width.mask());
+        let rules = Rules::new(&allocated, &space).expect("it answers");
+        assert!(rules.is_in_place(now));
+        assert_eq!((rules.decode(), rules.table_base()), (command::MEMORY, None));
+        assert!(rules.judge(0x10, Width::Dword, 0x8000_0000, now).is_err());
     }
 
     #[test]
