@@ -11,6 +11,7 @@ use core::sync::atomic::Ordering;
 use pciback::cmdline::{Config, EcamWindow};
 use pciback::delegate::message::{ANSWER, REQUEST};
 use pciback::delegate::{Delegate, Down, Line, RoutedConfig, RoutedPhysdev, Shared};
+use pciback::nodes::Link;
 use pciback::physdev::{Physdev, PhysdevError, Pirq, Vector};
 use pciback::platform::{
     Channel, ConfigSpace, ConnectError, DomId, Nanos, Platform, Port, SharedPage, Store, StoreError, Transaction, Way,
@@ -97,7 +98,9 @@ impl Machine {
 
         let page = ring(&mut space, Param::StorePfn, "xenstore");
         let store_port = port(Param::StoreEvtchn, "xenstore");
-        let store = XenStore(Client::new(page, StoreTransport { port: store_port, pending, shared }));
+        // Of a frontend's own node it does not matter what below it changed.
+        let pathless = |token: &str| Link::of_token(token).is_some();
+        let store = XenStore(Client::new(page, StoreTransport { port: store_port, pending, shared }, pathless));
         let (line, channel) = channel(&mut table, pending, shared);
         let dom0 = Rc::new(RefCell::new(Delegate::new(line)));
         let physdev = RoutedPhysdev::new(Hypercalls { shared }, dom0.clone());

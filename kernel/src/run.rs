@@ -7,7 +7,7 @@
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
-use pciback::backend::Backend;
+use pciback::backend::{Backend, EVENTS_A_TURN};
 use pciback::cmdline::{Complaint, Config};
 use pciback::platform::{Nanos, Platform, Port, Store};
 use xen_guest::halt_poll::HaltPoll;
@@ -24,9 +24,6 @@ const REPORT: (&str, &str) = ("data/pciback/report", "report");
 
 /// How long the next event is looked for at most before sleeping: 200 microseconds.
 const LOOK: Nanos = 200_000;
-
-/// Xenstore events handled before frontends get their turn again.
-const EVENTS_A_TURN: usize = 16;
 
 /// Serves until the tools end the domain. `entry` is the CPU time, in nanoseconds, at the first instruction
 /// that could ask for it.

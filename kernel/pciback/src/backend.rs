@@ -22,6 +22,10 @@ const TOKEN: &str = "backend";
 /// Frontends at the most: a bound for memory, above what the event loop can wait for.
 const MAX_FRONTENDS: usize = 256;
 
+/// Xenstore events handled before frontends get their turn again: each may cost xenstored a score of answers, and a guest
+/// can have them come without a pause.
+pub const EVENTS_A_TURN: usize = 1;
+
 /// How long after xenstore failed everything is looked at again: 1 second.
 const PAUSE: Nanos = 1_000_000_000;
 /// The pause doubles with each failure in a row, this many times: 64 seconds.
@@ -173,7 +177,7 @@ impl<P: Platform> Backend<P> {
     pub fn watch_fired(&mut self, path: &str, token: &str) {
         if let Some(link) = Link::of_token(token) {
             if self.frontends.contains_key(&link) {
-                self.reconcile(link);
+                self.look(link);
             }
         } else if token == RETRY.1 {
             self.retry_device();
@@ -224,6 +228,10 @@ impl<P: Platform> Backend<P> {
             busy = true;
             self.advance();
         }
+        if let Some(link) = self.overdue() {
+            busy = true;
+            self.look(link);
+        }
         let Backend { platform, devices, frontends, .. } = self;
         let mut changed = false;
         for frontend in frontends.values_mut() {
@@ -246,6 +254,13 @@ impl<P: Platform> Backend<P> {
             self.publish_devices();
         }
         busy
+    }
+
+    /// The frontend whose postponed look has been due for longest.
+    fn overdue(&self) -> Option<Link> {
+        let now = self.platform.now();
+        let due = self.frontends.iter().filter_map(|(link, frontend)| Some((frontend.look_due()?, *link)));
+        due.min().filter(|(due, _)| *due <= now).map(|(_, link)| link)
     }
 
     /// dom0's tool has come, has gone, or has begun anew.
@@ -342,15 +357,21 @@ impl<P: Platform> Backend<P> {
         }
     }
 
+    /// When the next look is due that was postponed because a frontend's nodes changed too often.
+    pub fn look_due(&self) -> Option<Nanos> {
+        self.frontends.values().filter_map(Frontend::look_due).min()
+    }
+
     /// The ports to wait for.
     pub fn ports(&self) -> impl Iterator<Item = Port> {
         self.frontends.values().filter_map(Frontend::port)
     }
 
     /// When to call [`Backend::serve`] again without an event: after xenstore failed, while a function is handed
-    /// over, and when something is to be published that guests may not have published at once.
+    /// over, when something is to be published that guests may not have published at once, and when nodes are to be looked
+    /// at that changed too often.
     pub fn next_deadline(&self) -> Option<Nanos> {
-        [self.retry, self.due, self.publish_due].into_iter().flatten().min()
+        [self.retry, self.due, self.publish_due, self.look_due()].into_iter().flatten().min()
     }
 
     /// The xenstore connection was made anew: watches are gone, and anything may have happened.
@@ -415,6 +436,15 @@ impl<P: Platform> Backend<P> {
         if self.retry.is_none() {
             self.retry = Some(self.platform.now().saturating_add(PAUSE << self.failures.min(LONGEST_PAUSE)));
             self.failures = self.failures.saturating_add(1);
+        }
+    }
+
+    /// A guest has changed its node: looks at it, or later if it does so without a pause. What the toolstack changes is not
+    /// counted; our own changes, of which each look brings a few, are bounded with it.
+    fn look(&mut self, link: Link) {
+        let now = self.platform.now();
+        if self.frontends.get_mut(&link).is_none_or(|frontend| frontend.may_look(now)) {
+            self.reconcile(link);
         }
     }
 

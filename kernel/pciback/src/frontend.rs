@@ -14,10 +14,10 @@ use alloc::vec::Vec;
 use crate::config::{GuestView, Resource};
 use crate::device::{Device, State};
 use crate::nodes::{self, Link, XenbusState, decimal};
-use crate::platform::{Channel, ConfigSpace, Platform, Port, SharedPage, Store, StoreError, Transaction};
+use crate::platform::{Channel, ConfigSpace, Nanos, Platform, Port, SharedPage, Store, StoreError, Transaction};
 use crate::sbdf::Sbdf;
 use crate::serve::{self, Counters, Desk, Notice};
-use crate::throttle::Throttle;
+use crate::throttle::{Pace, Throttle};
 use crate::topology::{self, DeviceIndex, Topology, Wish};
 use crate::wire::{MAGIC, MAX_VECTORS, MsixEntries, MsixEntry, PCIF_ACTIVE, op};
 
@@ -108,6 +108,9 @@ pub struct Frontend<P: Platform> {
     waiting: bool,
     more: bool,
     throttle: Throttle,
+    pace: Pace,
+    /// When to look at its nodes, because it has changed them too often.
+    postponed: Option<Nanos>,
     /// Room for the MSI-X entries of one request.
     entries: Box<MsixEntries>,
 }
@@ -124,6 +127,8 @@ impl<P: Platform> Frontend<P> {
             waiting: false,
             more: false,
             throttle: Throttle::default(),
+            pace: Pace::default(),
+            postponed: None,
             entries: Box::new([MsixEntry::default(); MAX_VECTORS]),
         }
     }
@@ -141,6 +146,22 @@ impl<P: Platform> Frontend<P> {
     /// Whether a function it waits for was being reset at the last look.
     pub fn is_waiting(&self) -> bool {
         self.waiting
+    }
+
+    /// Whether its nodes, which have changed, may be looked at now; if not, they are later.
+    pub fn may_look(&mut self, now: Nanos) -> bool {
+        match self.pace.look(now) {
+            Ok(()) => true,
+            Err(later) => {
+                self.postponed = Some(later);
+                false
+            }
+        }
+    }
+
+    /// When to look at its nodes without another event.
+    pub fn look_due(&self) -> Option<Nanos> {
+        self.postponed
     }
 
     /// Serves the requests in the shared page, a bounded number of them. True if the interrupts of a function
@@ -234,6 +255,7 @@ impl<P: Platform> Frontend<P> {
 
     /// Looks where both ends stand and does what follows.
     pub fn reconcile(&mut self, cx: &mut Context<'_, P>) -> Verdict {
+        self.postponed = None;
         let own = match nodes::read_state(cx.platform.store(), &self.link.back("state")) {
             Ok(Some(own)) => own,
             Ok(None) => {

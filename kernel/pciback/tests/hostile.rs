@@ -197,3 +197,79 @@ fn a_storm_of_state_changes_costs_bounded_work_each_and_harms_nobody() {
     bad.destroy(&mut rig);
     assert_eq!((rig.world.mapped.get(), rig.world.bound.get()), (1, 1));
 }
+
+/// The same as fast as it can, without a pause: it gets twenty looks a second, and the last of its states counts in the end.
+#[test]
+fn a_guest_that_scribbles_its_state_without_a_pause_gets_twenty_looks_a_second_and_the_last_one_is_not_lost() {
+    let mut rig = boot(ONE);
+    let mut bad = rig.attach(1, &[NIC]);
+    bad.connect(&mut rig);
+    rig.pass(1000 * MS);
+    let before = rig.world.operations.get();
+    for round in 0..2000 {
+        bad.set_front("state", ["5", "6", "1", "3", "4"][round % 5]);
+        rig.deliver();
+    }
+    // A look is a score of operations, and a hundred where it closes, opens and connects.
+    let cost = rig.world.operations.get() - before;
+    assert!(cost < 20 * 100, "{cost} operations");
+    bad.set_front("state", "6");
+    rig.deliver();
+    assert!(rig.backend.next_deadline().is_some_and(|due| due <= rig.world.now.get() + 1000 * MS));
+    rig.pass(1000 * MS);
+    assert_eq!(bad.back("state").as_deref(), Some("3"), "it was seen to have closed, and may come back");
+    assert_eq!((rig.world.mapped.get(), rig.world.bound.get()), (0, 0));
+    bad.connect(&mut rig);
+    assert_eq!(bad.read(&mut rig, 0, 0, 2), Ok(0x8086));
+}
+
+/// The twenty are each guest's own.
+#[test]
+fn a_guest_whose_looks_are_postponed_delays_nobody_elses() {
+    let mut rig = boot(TWO);
+    let mut good = rig.attach(2, &[OTHER]);
+    good.connect(&mut rig);
+    let mut bad = rig.attach(1, &[NIC]);
+    bad.connect(&mut rig);
+    for round in 0..200 {
+        bad.set_front("state", ["5", "6", "3"][round % 3]);
+        rig.deliver();
+    }
+    let now = rig.world.now.get();
+    assert!(rig.backend.look_due().is_some_and(|due| due > now));
+    good.set_front("state", "5");
+    rig.deliver();
+    assert_eq!(good.back("state").as_deref(), Some("5"));
+    assert_eq!(rig.world.now.get(), now, "no time has passed");
+}
+
+/// However many guests scribble at once, a request waits for one look at most.
+#[test]
+fn a_request_waits_for_one_xenstore_event_at_most() {
+    let mut rig = boot("dev=0000:01:00.0 dev=0000:02:00.0");
+    let mut good = rig.attach(100, &[OTHER]);
+    good.connect(&mut rig);
+    let mut bad: Vec<_> = (1..20).map(|id| rig.attach(id, &[])).collect();
+    bad.iter_mut().for_each(|guest| guest.connect(&mut rig));
+    rig.pass(1000 * MS);
+    let look = {
+        let before = rig.world.operations.get();
+        bad[0].set_front("state", "6");
+        rig.turn();
+        rig.world.operations.get() - before
+    };
+    assert!(look > 10, "it was looked at");
+    rig.settle();
+    bad.iter().for_each(|guest| guest.set_front("state", "5"));
+    rig.turn();
+    let before = rig.world.operations.get();
+    good.post(RawRequest { size: 4, ..Default::default() });
+    let mut turns = 0;
+    while good.page.reply.get().is_none() {
+        rig.turn();
+        turns += 1;
+    }
+    assert!(turns <= 1 && rig.world.operations.get() - before <= look);
+    assert!(!rig.world.events.borrow().is_empty(), "the others still wait");
+    rig.settle();
+}

@@ -3,8 +3,8 @@
 //! One call at a time, which returns when its replies came or its deadline passed. A call that sends
 //! several requests does not wait in between: waking and sleeping cost more than the daemon's work.
 //! Replies are told by request id, so that one that comes late is dropped and never taken for another's.
-//! Watch events that come in between are queued: without duplicates and bounded (XSA-349). What the ring
-//! holds is checked: a daemon that breaks the protocol costs the connection, which is then made anew.
+//! Watch events that come in between are queued: without duplicates and bounded (XSA-349), in their number and, as a
+//! guest chooses the names below its own nodes, in their length. What the ring holds is checked: a daemon that breaks the protocol costs the connection, which is then made anew.
 
 use alloc::collections::VecDeque;
 use alloc::string::{String, ToString};
@@ -68,7 +68,7 @@ impl fmt::Display for Error {
 /// A watch that fired.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WatchEvent {
-    /// The path that changed, relative if the watch was.
+    /// The path that changed, relative if the watch was; empty where the client was told that it does not matter.
     pub path: String,
     /// The token the watch was set with.
     pub token: String,
@@ -89,6 +89,7 @@ pub trait Transport {
 pub struct Client<T> {
     page: Page,
     transport: T,
+    pathless: fn(&str) -> bool,
     next_id: u32,
     /// What of a request has not fitted into the ring yet.
     unsent: VecDeque<u8>,
@@ -105,11 +106,13 @@ pub struct Client<T> {
 }
 
 impl<T: Transport> Client<T> {
-    /// A client of the ring in `page`.
-    pub fn new(page: Page, transport: T) -> Client<T> {
+    /// A client of the ring in `page`. Events whose token `pathless` accepts are kept without their path: those of a node
+    /// that a guest owns, which can have them come for any name that it makes below.
+    pub fn new(page: Page, transport: T, pathless: fn(&str) -> bool) -> Client<T> {
         Client {
             page,
             transport,
+            pathless,
             next_id: 1,
             unsent: VecDeque::new(),
             partial: Vec::new(),
@@ -121,13 +124,14 @@ impl<T: Transport> Client<T> {
         }
     }
 
-    /// Reads a node.
+    /// Reads a node. What of its value is not UTF-8 is replaced: that of a guest's node may be any bytes, which is no
+    /// failure of the daemon's.
     ///
     /// # Errors
-    /// What the daemon answered; [`Error::Other`] also if the value is not UTF-8.
+    /// What the daemon answered.
     pub fn read(&mut self, tx: u32, path: &str) -> Result<String, Error> {
         let value = self.request(kind::READ, tx, &[path.as_bytes(), b"\0"])?;
-        String::from_utf8(value).map_err(|_| Error::Other)
+        Ok(String::from_utf8_lossy(&value).into_owned())
     }
 
     /// Writes a node.
@@ -412,8 +416,8 @@ impl<T: Transport> Client<T> {
         let Ok(text) = core::str::from_utf8(&payload) else { return };
         let mut fields = text.split('\0');
         let (Some(path), Some(token)) = (fields.next(), fields.next()) else { return };
-        let event = WatchEvent { path: path.to_string(), token: token.to_string() };
-        if self.events.contains(&event) {
+        let path = if (self.pathless)(token) { "" } else { path };
+        if self.events.iter().any(|event| event.path == path && event.token == token) {
             return;
         }
         if self.events.len() >= EVENT_QUEUE {
@@ -422,7 +426,7 @@ impl<T: Transport> Client<T> {
             self.lost_watches = true;
             return;
         }
-        self.events.push_back(event);
+        self.events.push_back(WatchEvent { path: path.to_string(), token: token.to_string() });
     }
 }
 
@@ -538,7 +542,7 @@ mod tests {
             woken: false,
             wakings: 0,
         };
-        Client::new(page, daemon)
+        Client::new(page, daemon, |token| token.starts_with("guest"))
     }
 
     #[test]
@@ -655,6 +659,37 @@ mod tests {
         assert!(!store.may_have_events(), "all was looked at");
         assert_eq!(store.read(0, "x"), Ok("v".into()));
         assert!(store.may_have_events(), "what came with the reply woke nobody");
+    }
+
+    /// XSA-349, with the paths a guest chooses: each of its names below the watched node makes an event.
+    #[test]
+    fn a_flood_of_names_below_a_guests_node_is_one_event_without_a_path() {
+        let mut store = client(|_, id, _| {
+            let path = |n: u32| std::format!("state/{n}{}\0guest-7\0", "x".repeat(700));
+            let mut all: Vec<_> = (0..1000).map(|n| message(15, 0, path(n).as_bytes())).collect();
+            all.push(message(15, 0, b"a\0t\0"));
+            all.push(message(2, id, b"v"));
+            all
+        });
+        let mut answer = store.read(0, "x");
+        for _ in 0..500 {
+            if answer.is_ok() {
+                break;
+            }
+            answer = store.read(0, "x");
+            assert!(store.events.len() <= 2);
+        }
+        assert_eq!(answer, Ok("v".into()));
+        assert!(!store.take_lost_watches(), "and nobody is looked at anew for it");
+        let events: Vec<_> = std::iter::from_fn(|| store.next_event()).map(|e| e.path + "/" + &e.token).collect();
+        assert_eq!(events[..2], ["/guest-7", "a/t"]);
+    }
+
+    /// Any bytes in a guest's node are a value, not a failure of xenstored, after which all guests are looked at again.
+    #[test]
+    fn a_value_that_is_no_text_is_read_as_one_that_means_nothing() {
+        let mut store = client(|_, id, _| vec![message(2, id, b"4\xff\xfe\0")]);
+        assert_eq!(store.read(0, "state"), Ok("4\u{fffd}\u{fffd}\0".into()));
     }
 
     #[test]

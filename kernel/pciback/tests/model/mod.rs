@@ -15,7 +15,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 
-use pciback::backend::Backend;
+use pciback::backend::{Backend, EVENTS_A_TURN};
 use pciback::cmdline;
 use pciback::delegate::{Delegate, Down, RoutedConfig, RoutedPhysdev, Shared as Dom0};
 use pciback::device::{Device, State};
@@ -308,12 +308,13 @@ pub fn boot_in(world: Rc<World>, cmdline: &str) -> Rig {
 }
 
 impl Rig {
-    /// Delivers events until none is left and no function is being reset, for which time passes; more than a
-    /// fixed number of steps means that they feed themselves.
+    /// Delivers events until none is left, no function is being reset and no look is postponed, for which time
+    /// passes; more than a fixed number of steps means that they feed themselves.
     pub fn settle(&mut self) {
         for _ in 0..20_000 {
             self.deliver();
-            let Some(due) = self.hand_over_due() else { return };
+            let due = [self.hand_over_due(), self.backend.look_due()].into_iter().flatten().min();
+            let Some(due) = due else { return };
             self.world.now.set(due.max(self.world.now.get()));
         }
         panic!("a hand-over without end");
@@ -330,6 +331,15 @@ impl Rig {
             }
         }
         panic!("events without end");
+    }
+
+    /// One turn of the image's event loop.
+    pub fn turn(&mut self) {
+        self.serve();
+        for _ in 0..EVENTS_A_TURN {
+            let Some((path, token)) = self.world.events.borrow_mut().pop_front() else { break };
+            self.backend.watch_fired(&path, &token);
+        }
     }
 
     /// When the next step of a hand-over is due; the backend must ask to be called by then.
