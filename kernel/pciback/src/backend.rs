@@ -236,7 +236,7 @@ impl<P: Platform> Backend<P> {
         let mut changed = false;
         for frontend in frontends.values_mut() {
             if let Some(port) = frontend.port()
-                && (take(platform, port) | frontend.has_more())
+                && (take(platform, port) | frontend.has_more(devices))
             {
                 busy = true;
                 changed |= frontend.serve(&mut Context { platform, devices });

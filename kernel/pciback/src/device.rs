@@ -8,7 +8,7 @@ use alloc::format;
 use alloc::string::{String, ToString};
 
 use crate::cmdline::DeviceConfig;
-use crate::config::registers::{command, offset};
+use crate::config::registers::{command, power};
 use crate::config::{GuestView, VirtualConfig};
 use crate::handover::{self, Doubt, HandOver, Image, Method, Progress, Reach, Subject};
 use crate::interrupts::{Interrupts, Means};
@@ -21,8 +21,8 @@ use crate::serve::Counters;
 /// How long a function needs to come back from D3hot (PCI Power Management 1.2, 5.6.1), and how often it is looked
 /// at after that: 10 milliseconds.
 const WAKE_PAUSE: Nanos = 10_000_000;
-/// How long its guest may take to turn memory decode on again: 2 seconds.
-const WAKE: Nanos = 2_000_000_000;
+/// How long it may take: 1 second. Its guest's client waits for an answer for 2.
+const WAKE: Nanos = 1_000_000_000;
 
 /// Why nothing can be done to a function.
 const UNREACHABLE: &str = "xl-pciback serve in dom0, which carries this domain's writes out, is not connected: start it, \
@@ -43,6 +43,19 @@ pub struct Function<C> {
     control: Option<Control>,
     /// Its guest was refused a write because nothing can be written now, and that was told.
     pub mute: bool,
+    /// Its guest has woken it from D3hot, and it has not got back yet what it lost.
+    pub waking: Option<Waking>,
+}
+
+/// A function on its way out of D3hot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Waking {
+    /// Its Command register before.
+    command: u16,
+    /// When to look at it.
+    due: Nanos,
+    /// When to give up.
+    until: Nanos,
 }
 
 /// What is known of a function that may be written.
@@ -108,8 +121,6 @@ pub struct Device<C> {
     handover: Option<HandOver>,
     /// It has never been written to: nobody but the command line says that the host allows it.
     untouched: bool,
-    /// The guest has woken the function with message interrupts on: when to give them back, and when to give up.
-    waking: Option<(Nanos, Nanos)>,
     /// How often Xen's MSI-X state was stale and has been reset.
     stale: u32,
 }
@@ -147,7 +158,6 @@ impl<C: ConfigSpace> Device<C> {
             owner: None,
             handover: None,
             untouched: false,
-            waking: None,
             stale: 0,
         };
         device.recognise();
@@ -161,7 +171,8 @@ impl<C: ConfigSpace> Device<C> {
             Ok(config) => {
                 let interrupts = Interrupts::new(&hardware, &config);
                 let counters = Counters::default();
-                self.function = Some(Function { hardware, config, interrupts, counters, control: None, mute: false });
+                self.function =
+                    Some(Function { hardware, config, interrupts, counters, control: None, mute: false, waking: None });
                 self.state = State::Ready;
                 true
             }
@@ -347,27 +358,53 @@ impl<C: ConfigSpace> Device<C> {
     pub fn due(&self) -> Option<Nanos> {
         match &self.handover {
             Some(handover) => handover.due(),
-            None => self.waking.map(|(due, _)| due),
+            None => self.function.as_ref().and_then(|function| function.waking).map(|waking| waking.due),
         }
     }
 
-    /// The guest has woken the function from D3hot. Xen's vectors are gone from it then, and only Xen can put them
-    /// back, once the function may be touched and its guest has turned memory decode on again.
-    pub fn woken(&mut self, now: Nanos) {
-        self.waking = Some((now.saturating_add(WAKE_PAUSE), now.saturating_add(WAKE)));
+    /// The guest has woken the function from D3hot, and `command` is what its Command register held. Until
+    /// [`Device::advance`] has given it back what it may have lost, no request reaches it.
+    pub fn woken(&mut self, command: u16, now: Nanos) {
+        if let Some(function) = self.function.as_mut() {
+            let (due, until) = (now.saturating_add(WAKE_PAUSE), now.saturating_add(WAKE));
+            function.waking = Some(Waking { command, due, until });
+        }
     }
 
-    fn restore_interrupts<P: Physdev>(&mut self, physdev: &mut P, now: Nanos) {
-        let Some((due, until)) = self.waking.filter(|(due, _)| *due <= now) else { return };
-        self.waking = None;
+    /// Whether the function is on its way out of D3hot.
+    pub fn is_waking(&self) -> bool {
+        self.function.as_ref().is_some_and(|function| function.waking.is_some())
+    }
+
+    /// Gives a function that its guest has woken what it lost on the way (PCI Power Management 1.2, 5.4.1): its
+    /// addresses, what software had set, and decoding; and by Xen its vectors. Bus mastering stays off until the guest
+    /// turns it on, as with any reset.
+    fn wake<P: Physdev>(&mut self, physdev: &mut P, now: Nanos) {
         let sbdf = self.entry.sbdf;
-        let Some(function) = self.function.as_ref().filter(|function| function.interrupts.is_mapped()) else { return };
-        let held = function.hardware.read(offset::COMMAND, Width::Word) as u16;
-        // All ones: it does not answer yet.
-        let decodes = function.config.identity().is_virtual() || held & command::MEMORY != 0 && held != u16::MAX;
-        if !decodes && now < until {
-            self.waking = Some((due.max(now).saturating_add(WAKE_PAUSE), until));
-        } else if let Err(error) = physdev.restore_msi(sbdf) {
+        let Some(function) = self.function.as_mut() else { return };
+        let Some(waking) = function.waking.filter(|waking| waking.due <= now) else { return };
+        let Function { hardware, config, interrupts, control, waking: state, .. } = function;
+        let power = config.power_control().map_or(0, |at| hardware.read(at, Width::Word) as u16);
+        if config.identity().check(hardware).is_err() || power & power::STATE != 0 {
+            let due = now.saturating_add(WAKE_PAUSE);
+            *state = (now < waking.until).then_some(Waking { due, ..waking });
+            if state.is_none() {
+                log::warn!("{sbdf}: it does not come back from D3hot, from which its guest woke it");
+            }
+            return;
+        }
+        *state = None;
+        let Some(Control { image, .. }) = control else { return };
+        // Some that claim to keep their state do not.
+        if power & power::NO_SOFT_RESET != 0 && (image.is_in_place(hardware) || !image.has_addresses()) {
+            return;
+        }
+        if !image.revive(hardware, waking.command & !command::MASTER) {
+            log::warn!("{sbdf}: it does not take back what it lost in D3hot, from which its guest woke it");
+        }
+        if interrupts.is_mapped()
+            && let Err(error) = physdev.restore_msi(sbdf)
+        {
             log::warn!(
                 "{sbdf}: its interrupts are lost: restore_msi_ext answered {error} after its guest woke it from D3hot"
             );
@@ -472,7 +509,7 @@ impl<C: ConfigSpace> Device<C> {
     /// Does what is due of a hand-over. True if the state has changed.
     pub fn advance<P: Physdev>(&mut self, physdev: &mut P, now: Nanos) -> bool {
         let Some(mut handover) = self.handover else {
-            self.restore_interrupts(physdev, now);
+            self.wake(physdev, now);
             return false;
         };
         let Some(mut subject) = self.subject(physdev) else { return false };
@@ -560,7 +597,9 @@ impl<C: ConfigSpace> Device<C> {
     }
 
     fn begin<P: Physdev>(&mut self, physdev: &mut P, now: Nanos) {
-        self.waking = None;
+        if let Some(function) = self.function.as_mut() {
+            function.waking = None;
+        }
         if self.handover.is_some() {
             // Nobody has had the function since it began.
             return;

@@ -107,6 +107,8 @@ pub struct Frontend<P: Platform> {
     /// A listed function is being reset, and this waits for it to end.
     waiting: bool,
     more: bool,
+    /// A request waits for this function to come out of D3hot.
+    held: Option<DeviceIndex>,
     throttle: Throttle,
     pace: Pace,
     /// When to look at its nodes, because it has changed them too often.
@@ -126,6 +128,7 @@ impl<P: Platform> Frontend<P> {
             faulted: false,
             waiting: false,
             more: false,
+            held: None,
             throttle: Throttle::default(),
             pace: Pace::default(),
             postponed: None,
@@ -138,9 +141,9 @@ impl<P: Platform> Frontend<P> {
         self.connection.as_ref().map(|connection| connection.channel.port())
     }
 
-    /// Whether requests wait that the last turn did not reach.
-    pub fn has_more(&self) -> bool {
-        self.more
+    /// Whether requests wait that the last turn did not reach, and can be served now.
+    pub fn has_more(&self, devices: &[Device<P::Config>]) -> bool {
+        self.more || self.held.and_then(|held| devices.get(held)).is_some_and(|device| !device.is_waking())
     }
 
     /// Whether a function it waits for was being reset at the last look.
@@ -168,6 +171,7 @@ impl<P: Platform> Frontend<P> {
     /// were changed.
     pub fn serve(&mut self, cx: &mut Context<'_, P>) -> bool {
         self.more = false;
+        self.held = None;
         let mut changed = false;
         let mut left = REQUESTS_A_TURN;
         while let Some(connection) = &self.connection {
@@ -186,7 +190,13 @@ impl<P: Platform> Frontend<P> {
             let guest = self.link.frontend;
             let mut desk =
                 Desk { guest, topology: &self.topology, devices: cx.devices, physdev: cx.platform.physdev() };
-            let (reply, mut notice) = serve::execute(&request, entries, &mut desk);
+            let (reply, mut notice) = match serve::execute(&request, entries, &mut desk) {
+                Ok(done) => done,
+                Err(waking) => {
+                    self.held = Some(waking);
+                    break;
+                }
+            };
             // A client that gave up has taken the request back; its page is not ours to write then.
             if connection.page.flags() & PCIF_ACTIVE != 0 {
                 if reply.err == 0 {
@@ -200,10 +210,10 @@ impl<P: Platform> Frontend<P> {
             }
             if let Some(notice) = notice {
                 changed |= notice.changes_interrupts();
-                if let Notice::Woken(index) = notice
+                if let Notice::Woken(index, command) = notice
                     && let Some(device) = cx.devices.get_mut(index)
                 {
-                    device.woken(cx.platform.now());
+                    device.woken(command, cx.platform.now());
                 }
                 self.notice(cx, notice, &request);
             }
@@ -244,9 +254,7 @@ impl<P: Platform> Frontend<P> {
             Notice::Disabled(_, kind, None) => {
                 log::info!("{sbdf}: domain {guest}: {} off, unmapped by unmap_pirq{suffix}", kind.word());
             }
-            Notice::Woken(_) => {
-                log::debug!("{sbdf}: domain {guest} woke it from D3hot: Xen will restore its vectors{suffix}");
-            }
+            Notice::Woken(..) => log::debug!("{sbdf}: domain {guest} woke it from D3hot{suffix}"),
             Notice::Disabled(_, kind, Some(why)) => {
                 log::warn!("{sbdf}: domain {guest}: {} off, but unmap_pirq answered {why}{suffix}", kind.word());
             }

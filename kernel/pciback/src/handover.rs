@@ -249,6 +249,27 @@ impl Image {
         self.0.iter().filter(is_bar)
     }
 
+    /// Whether the function has its addresses.
+    pub fn is_in_place<C: ConfigSpace>(&self, hardware: &C) -> bool {
+        self.addresses().all(|saved| hardware.read(saved.at, saved.width) == saved.value)
+    }
+
+    /// Gives a function that a guest has what it has lost, and `command` last. False if it does not take back what it
+    /// needs.
+    pub fn revive<C: ConfigSpace>(&self, hardware: &mut C, command: u16) -> bool {
+        let mut whole = true;
+        for saved in &self.0 {
+            let Saved { at, width, vital, .. } = *saved;
+            let value = if at == offset::COMMAND { u32::from(command) } else { saved.value };
+            if hardware.read(at, width) & width.mask() != value {
+                // Where nothing can be written now, the value read back tells.
+                let _ = hardware.write(at, width, value);
+                whole &= !vital || hardware.read(at, width) & width.mask() == value;
+            }
+        }
+        whole
+    }
+
     /// Whether a function still has its addresses after a reset. Every reset clears its base address registers (PCI
     /// Express Base 5.0, 6.6.2; for D3hot PCI Power Management 1.2, 5.4.1), so such a function was not reset.
     fn addresses_kept<C: ConfigSpace>(&self, hardware: &C) -> bool {

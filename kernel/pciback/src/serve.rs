@@ -64,8 +64,8 @@ pub enum Notice {
     NotEnabled(DeviceIndex, Kind, EnableError),
     /// They were on and are off; and what Xen said if it did not unmap them.
     Disabled(DeviceIndex, Kind, Option<PhysdevError>),
-    /// The guest has woken the function from D3hot while message interrupts were on.
-    Woken(DeviceIndex),
+    /// The guest has woken the function from D3hot; its Command register held this before.
+    Woken(DeviceIndex, u16),
 }
 
 impl Notice {
@@ -78,13 +78,13 @@ impl Notice {
             | Notice::Enabled(index)
             | Notice::NotEnabled(index, ..)
             | Notice::Disabled(index, ..)
-            | Notice::Woken(index) => index,
+            | Notice::Woken(index, _) => index,
         }
     }
 
     /// Whether the function's interrupts are others than before, or are to be restored.
     pub const fn changes_interrupts(&self) -> bool {
-        matches!(self, Notice::Enabled(_) | Notice::Disabled(..) | Notice::Woken(_))
+        matches!(self, Notice::Enabled(_) | Notice::Disabled(..) | Notice::Woken(..))
     }
 }
 
@@ -112,15 +112,21 @@ impl<C: ConfigSpace, P: Physdev> Desk<'_, C, P> {
 
 /// Carries out one request. `entries` are the MSI-X entries it brought along, as many as it says up to the most
 /// that fit; with a reply without error their vectors are the guest's pirqs.
+///
+/// `Err` with the function, and nothing was done, while that is on its way out of D3hot: it may not be touched, and has
+/// not got back what it lost.
 pub fn execute<C: ConfigSpace, P: Physdev>(
     request: &RawRequest,
     entries: &mut [MsixEntry],
     desk: &mut Desk<'_, C, P>,
-) -> (RawReply, Option<Notice>) {
+) -> Result<(RawReply, Option<Notice>), DeviceIndex> {
     let guest = desk.guest;
     let Some((index, sbdf, function, physdev)) = desk.target(request) else {
-        return (reply(Err(WireError::DeviceNotFound)), None);
+        return Ok((reply(Err(WireError::DeviceNotFound)), None));
     };
+    if function.waking.is_some() {
+        return Err(index);
+    }
     let (reply, notice) = if matches!(request.cmd, op::CONF_READ | op::CONF_WRITE) {
         let (outcome, notice) = access(request, index, function);
         (reply(outcome), notice)
@@ -137,7 +143,7 @@ pub fn execute<C: ConfigSpace, P: Physdev>(
     if reply.err != 0 {
         function.counters.errors = function.counters.errors.saturating_add(1);
     }
-    (reply, notice)
+    Ok((reply, notice))
 }
 
 /// The client has given the request up before the reply: it takes it for failed, so what it turned on goes off
@@ -166,7 +172,7 @@ fn access<C: ConfigSpace>(
     index: DeviceIndex,
     function: &mut Function<C>,
 ) -> (Result<u32, WireError>, Option<Notice>) {
-    let Function { hardware, config, interrupts, counters, mute, .. } = function;
+    let Function { hardware, config, counters, mute, .. } = function;
     if request.cmd == op::CONF_READ {
         counters.reads = counters.reads.saturating_add(1);
         return (config.read(hardware, request.offset, request.size), None);
@@ -176,8 +182,7 @@ fn access<C: ConfigSpace>(
     match config.write(hardware, request.offset, request.size, request.value & mask) {
         Ok(written) => {
             let notice = match written {
-                Written::Done if config.take_woken() && interrupts.is_mapped() => Some(Notice::Woken(index)),
-                Written::Done => None,
+                Written::Done => config.take_woken().map(|command| Notice::Woken(index, command)),
                 Written::Dropped { first } => first.then_some(Notice::Dropped(index)),
                 Written::Denied { first } if hardware.writable() => first.then_some(Notice::Denied(index)),
                 // Once for each time that it comes to this: `first` is for the guest's whole use.

@@ -622,44 +622,6 @@ fn a_card_that_is_asleep_or_gone_is_not_set_up() {
     rig.hardware(NIC).come_back();
 }
 
-/// A card that loses its state in D3hot loses what Xen wrote into it. Once its guest has turned memory decode on again Xen
-/// is asked, once, to put its vectors back; Linux's backend leaves them lost.
-#[test]
-fn vectors_come_back_after_a_guest_has_woken_its_card_from_d3hot() {
-    for keeps in [false, true] {
-        let (mut rig, guest) = started(Card { power: Some(keeps), ..Card::PLAIN });
-        let vectors = guest.enable_msix(&mut rig, &[0]).expect("a vector");
-        guest.bind(vectors[0]);
-        assert!(rig.hardware(NIC).delivers(0));
-        assert_eq!(guest.write(&mut rig, 0, at::PMCSR.into(), 2, 3), 0);
-        rig.pass(20 * MS);
-        rig.forget();
-        // One access at a time, and no time but what is let pass here.
-        let write = |rig: &mut Rig, offset, size, value| {
-            guest.post(RawRequest { cmd: op::CONF_WRITE, offset, size, value, ..Default::default() });
-            rig.deliver();
-            assert_eq!(guest.reply().err, 0);
-        };
-        write(&mut rig, at::PMCSR.into(), 2, 0);
-        if !keeps {
-            // It takes its time, and reads as all ones meanwhile.
-            rig.hardware(NIC).vanish();
-            rig.pass(300 * MS);
-            rig.hardware(NIC).come_back();
-        }
-        rig.pass(200 * MS);
-        assert_eq!(rig.hardware(NIC).delivers(0), keeps);
-        assert!(!rig.acts(NIC).contains(&Act::Restore), "Xen could not reach the table, or need not");
-        write(&mut rig, 0x10, 4, model::hardware::BAR0);
-        write(&mut rig, 4, 2, 6);
-        rig.pass(20 * MS);
-        let restored = rig.acts(NIC).into_iter().filter(|act| *act == Act::Restore).count();
-        assert_eq!(restored, usize::from(!keeps), "keeps its state: {keeps}");
-        assert!(rig.hardware(NIC).delivers(0), "keeps its state: {keeps}");
-        guest.destroy(&mut rig);
-    }
-}
-
 /// A card that vanishes with vectors in use: the vectors go, and nothing is pretended.
 #[test]
 fn a_card_that_vanishes_gives_its_vectors_back() {

@@ -172,8 +172,8 @@ struct Guest {
     command: u16,
     /// MSI or MSI-X is on, so the function does not use its interrupt pin.
     messages: bool,
-    /// The guest has woken the function from D3hot, on which it may have lost what Xen wrote into it.
-    woken: bool,
+    /// The guest has woken the function from D3hot, on which it may have lost its state: Command as it was before.
+    woken: Option<u16>,
     dropped_before: bool,
     denied_before: bool,
 }
@@ -265,9 +265,9 @@ impl VirtualConfig {
         }
     }
 
-    /// Whether the guest has woken the function from D3hot since the last call.
-    pub fn take_woken(&mut self) -> bool {
-        self.guest.as_mut().is_some_and(|guest| core::mem::take(&mut guest.woken))
+    /// Whether the guest has woken the function from D3hot since the last call: Command as it was before.
+    pub fn take_woken(&mut self) -> Option<u16> {
+        self.guest.as_mut().and_then(|guest| guest.woken.take())
     }
 
     /// Whether the guest has turned the function on, so that its interrupt pin must work while neither MSI nor
@@ -316,7 +316,7 @@ impl VirtualConfig {
             bars,
             command: 0,
             messages: false,
-            woken: false,
+            woken: None,
             dropped_before: false,
             denied_before: false,
         });
@@ -526,8 +526,12 @@ impl Guest {
             Name::Bar(index) => self.write_bar(hardware, usize::from(index), part),
             Name::Rom => self.write_bar(hardware, bars::ROM, part),
             Name::PowerControl => {
-                self.woken |= wakes(hardware, part);
-                write_power_control(hardware, part)
+                let held = wakes(hardware, part).then(|| hardware.read(header::COMMAND, Width::Word) as u16);
+                let outcome = write_power_control(hardware, part);
+                if outcome == Outcome::Done && held.is_some() {
+                    self.woken = held;
+                }
+                outcome
             }
             Name::VpdAddress => write_vpd_address(hardware, part),
             // Permissive or not: the reference lets a permissive guest flip these, but with Xen's
@@ -639,10 +643,10 @@ fn write_power_control<C: ConfigSpace>(hardware: &mut C, part: &Part<'_>) -> Out
     hardware.write(part.register.offset, Width::Word, u32::from(wanted)).into()
 }
 
-/// Whether a write of power control takes the function from D3hot to D0, and it may lose its state on the way.
+/// Whether a write of power control takes the function from D3hot to D0.
 fn wakes<C: ConfigSpace>(hardware: &C, part: &Part<'_>) -> bool {
     let held = hardware.read(part.register.offset, Width::Word) as u16;
-    let asleep = held & power::STATE == power::STATE && held & power::NO_SOFT_RESET == 0 && held != u16::MAX;
+    let asleep = held & power::STATE == power::STATE && held != u16::MAX;
     asleep && part.merged(u32::from(held)) as u16 & power::STATE == 0
 }
 
