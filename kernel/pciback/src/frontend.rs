@@ -41,6 +41,8 @@ struct Connection<P: Platform> {
     page: P::Page,
     /// What the frontend published, to notice that it started anew.
     ring: (u32, u32),
+    /// It has been seen beyond Initialised: if it is there again, it started anew, maybe with the same numbers.
+    answered: bool,
 }
 
 /// Whether a frontend is still there after a step.
@@ -318,6 +320,10 @@ impl<P: Platform> Frontend<P> {
             self.sync(cx, false)?;
         }
         let connected = self.connection.is_some();
+        let answered = self.connection.as_ref().is_some_and(|connection| connection.answered);
+        if let Some(connection) = &mut self.connection {
+            connection.answered |= peer != S::Initialised;
+        }
         match (own, peer) {
             (S::Unknown | S::Initialising | S::InitWait, _) => {
                 self.disconnect(cx);
@@ -341,7 +347,8 @@ impl<P: Platform> Frontend<P> {
             // It starts anew without having closed; or it waits for a Connected that could not be written.
             (S::Initialised | S::Connected | S::Reconfiguring | S::Reconfigured, S::Initialised) if connected => {
                 let ring = self.ring(cx)?.ok();
-                if ring.is_some() && ring != self.connection.as_ref().map(|connection| connection.ring) {
+                let another = ring != self.connection.as_ref().map(|connection| connection.ring);
+                if ring.is_some() && (another || answered) {
                     self.disconnect(cx);
                     self.set_state(cx, S::Initialised)?;
                     self.open(cx, peer)
@@ -707,7 +714,7 @@ impl<P: Platform> Frontend<P> {
         let bound = mapped.and_then(|page| Ok((page, cx.platform.bind_channel(frontend, ring.1)?)));
         match bound {
             Ok((page, channel)) => {
-                self.connection = Some(Connection { channel, page, ring });
+                self.connection = Some(Connection { channel, page, ring, answered: false });
                 // A request may be there already, and its event may have come before the port was bound.
                 self.more = true;
                 self.set_state(cx, XenbusState::Connected)?;
