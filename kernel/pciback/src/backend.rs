@@ -539,7 +539,7 @@ fn description<C: ConfigSpace>(device: &Device<C>, first: bool) -> Vec<(&'static
         let id = device.ids().map(|(vendor, model)| format!("{vendor:04x}:{model:04x}"));
         nodes.push(("id", Some(id.unwrap_or_default())));
         nodes.extend(device.entry.guest.clone().map(|guest| ("guest", Some(guest))));
-        nodes.extend(Some(device.entry.options()).filter(|text| !text.is_empty()).map(|text| ("options", Some(text))));
+        nodes.extend(Some(device.options()).filter(|text| !text.is_empty()).map(|text| ("options", Some(text))));
         nodes.push(("reset", Some(device.method().word().to_string())));
     }
     nodes.push(("interrupts", Some(interrupts(device))));
@@ -586,13 +586,19 @@ fn announce<C: ConfigSpace>(device: &Device<C>) {
             let (vendor, model) = ids.unwrap_or_default();
             let guest =
                 entry.guest.as_deref().map_or_else(|| "any guest".into(), |guest| format!("guest {guest:?} only"));
-            let options = entry.options();
+            let options = device.options();
             let comma = if options.is_empty() { "" } else { ", " };
             let reset = device.method().word();
             log::info!("{}: {vendor:04x}:{model:04x}, reset {reset}, for {guest}{comma}{options}", entry.sbdf);
         }
     }
     let Some(function) = device.peek() else { return };
+    for (quirk, name) in function.config.refused() {
+        log::error!(
+            "{}: {quirk} is not followed: {name:?} is there, which has a rule of its own; take it out",
+            entry.sbdf
+        );
+    }
     if let Some(at) = function.config.hidden() {
         log::warn!(
             "{}: its MSI-X capability at {at:#x} cannot be true, or Xen cannot find its table: no guest sees it",

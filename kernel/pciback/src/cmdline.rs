@@ -91,6 +91,26 @@ impl Reset {
     }
 }
 
+/// A register without a rule of its own that a guest may write: `quirk=OFFSET:SIZE:MASK`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Quirk {
+    /// Where it is in configuration space, a multiple of its size.
+    pub offset: u16,
+    /// Its bytes: 1, 2 or 4.
+    pub size: u16,
+    /// The bits that a guest may change.
+    pub mask: u32,
+}
+
+impl fmt::Display for Quirk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "quirk={:x}:{}:{:x}", self.offset, self.size, self.mask)
+    }
+}
+
+/// Most registers that can be opened in one function: a bound for the table's size.
+pub const MAX_QUIRKS: usize = 64;
+
 /// One `dev=` word.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceConfig {
@@ -112,6 +132,8 @@ pub struct DeviceConfig {
     pub msi: bool,
     /// Whether MSI-X is offered.
     pub msix: bool,
+    /// Registers that a guest may write besides, by ascending offset; no two overlap.
+    pub quirks: Vec<Quirk>,
 }
 
 impl DeviceConfig {
@@ -126,6 +148,7 @@ impl DeviceConfig {
             strict: false,
             msi: true,
             msix: true,
+            quirks: Vec::new(),
         }
     }
 
@@ -146,6 +169,7 @@ impl DeviceConfig {
                 options.push(name.to_string());
             }
         }
+        options.extend(self.quirks.iter().map(Quirk::to_string));
         options.join(",")
     }
 }
@@ -307,14 +331,53 @@ fn device(text: &str) -> Result<DeviceConfig, &'static str> {
             }
             ("msi", Some("off")) => device.msi = false,
             ("msix", Some("off")) => device.msix = false,
+            ("quirk", Some(text)) => {
+                let quirk = quirk(text)?;
+                if device.quirks.len() >= MAX_QUIRKS {
+                    return Err("more than 64 quirk= of one function");
+                }
+                let end = |quirk: &Quirk| quirk.offset + quirk.size;
+                if device.quirks.iter().any(|other| other.offset < end(&quirk) && quirk.offset < end(other)) {
+                    return Err("two quirk= lie on one register: say it once, with all bits in the mask");
+                }
+                device.quirks.push(quirk);
+            }
             _ => {
                 return Err(
-                    "unknown key: guest=, id=, permissive, slot=, reset=, strict, msi=off and msix=off are known",
+                    "unknown key: guest=, id=, permissive, slot=, reset=, strict, msi=off, msix=off and quirk= are \
+                            known",
                 );
             }
         }
     }
+    device.quirks.sort_unstable_by_key(|quirk| quirk.offset);
     Ok(device)
+}
+
+/// `OFFSET:SIZE:MASK`; offset and mask are hexadecimal.
+fn quirk(text: &str) -> Result<Quirk, &'static str> {
+    const WRONG: &str =
+        "quirk= wants OFFSET:SIZE:MASK, e.g. quirk=e0:2:ffff: offset and mask hexadecimal, size 1, 2 or 4";
+    let mut fields = text.split(':');
+    let mut field = || fields.next().ok_or(WRONG);
+    let offset = hex(field()?, 3).ok_or(WRONG)? as u16;
+    let size = match field()? {
+        "1" => 1,
+        "2" => 2,
+        "4" => 4,
+        _ => return Err(WRONG),
+    };
+    let mask = hex(field()?, 8).ok_or(WRONG)?;
+    if fields.next().is_some() {
+        return Err(WRONG);
+    }
+    if !offset.is_multiple_of(size) {
+        return Err("quirk=: the offset is no multiple of the size, so no access could reach the register");
+    }
+    if mask == 0 || mask >> (8 * u32::from(size)) != 0 {
+        return Err("quirk=: the mask must name bits of the register, and at least one");
+    }
+    Ok(Quirk { offset, size, mask: mask as u32 })
 }
 
 /// A hexadecimal number of 1 to `digits` digits and nothing else.
@@ -326,6 +389,46 @@ fn hex(text: &str, digits: usize) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Case 22: the rule for the register at e0 of a NC340T's ports.
+    #[test]
+    fn case_22_a_rule_for_one_register_is_read_and_said_back() {
+        let quirks = |text: &str| {
+            let (config, complaints) = parse(&alloc::format!("ecam=0000:00-ff@b0000000 dev=01:00.0{text}"));
+            match config.devices.first() {
+                Some(device) => Ok((device.quirks.clone(), device.options())),
+                None => Err(complaints[0].why.clone()),
+            }
+        };
+        let wide = Quirk { offset: 0xe0, size: 2, mask: 0xffff };
+        assert_eq!(quirks(",quirk=e0:2:ffff").unwrap(), (alloc::vec![wide], "quirk=e0:2:ffff".to_string()));
+        let text = "quirk=ff:1:1,quirk=e0:2:ffff,quirk=FFC:4:80000000";
+        let (list, said) = quirks(&alloc::format!(",{text}")).unwrap();
+        assert_eq!(list.iter().map(|quirk| quirk.offset).collect::<Vec<_>>(), [0xe0, 0xff, 0xffc]);
+        assert_eq!(quirks(&alloc::format!(",{said}")).unwrap().0, list);
+        for wrong in [
+            "",
+            "e0",
+            "e0:2",
+            "e0:3:ff",
+            "e0:2:",
+            "e0:2:0",
+            "e0:2:10000",
+            "e1:2:ff",
+            "-4:2:ff",
+            "1000:2:ff",
+            "e0:2:ff:0",
+            "e0:8:1",
+            "e0:4:100000000",
+            "xx:2:ff",
+            "e0:2:ff,quirk=e1:1:1",
+        ] {
+            let why = quirks(&alloc::format!(",quirk={wrong}")).unwrap_err();
+            assert!(why.contains("quirk"), "{wrong:?}: {why}");
+        }
+        let many: String = (0..65).map(|at| alloc::format!(",quirk={:x}:1:1", 0x40 + at)).collect();
+        assert!(quirks(&many).is_err() && quirks(&many[..many.rfind(',').unwrap()]).is_ok());
+    }
 
     #[test]
     fn a_whole_line_is_understood() {

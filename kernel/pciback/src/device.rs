@@ -168,7 +168,8 @@ impl<C: ConfigSpace> Device<C> {
     pub fn recognise(&mut self) -> bool {
         let Some(hardware) = self.unknown.take() else { return false };
         match recognise(&self.entry, &hardware) {
-            Ok(config) => {
+            Ok(mut config) => {
+                config.open(&self.entry.quirks);
                 let interrupts = Interrupts::new(&hardware, &config);
                 let counters = Counters::default();
                 self.function =
@@ -321,6 +322,16 @@ impl<C: ConfigSpace> Device<C> {
     /// Vendor and device id, if the function could be read.
     pub fn ids(&self) -> Option<(u16, u16)> {
         self.function.as_ref().map(|function| function.config.identity().ids())
+    }
+
+    /// The options that are in force, as text; empty if all are as by default.
+    pub fn options(&self) -> String {
+        let mut entry = self.entry.clone();
+        if let Some(function) = &self.function {
+            let refused = function.config.refused();
+            entry.quirks.retain(|quirk| !refused.iter().any(|(other, _)| other == quirk));
+        }
+        entry.options()
     }
 
     /// How the function is reset; without a right to write, by dom0.

@@ -30,8 +30,8 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use crate::cmdline::Reset;
-use crate::config::VirtualConfig;
 use crate::config::registers::{EXTENDED, SPACE, advanced, capability, command, express, offset, power};
+use crate::config::{Name, VirtualConfig};
 use crate::interrupts::{Interrupts, Means};
 use crate::msix_state::{self, Clean, Dirty};
 use crate::physdev::{Physdev, PhysdevError};
@@ -178,11 +178,17 @@ impl Image {
                 }
             }
         }
-        for (id, at) in extended(hardware) {
+        for (id, at) in config.has_extended().then(|| extended(hardware)).unwrap_or_default() {
             for (_, register, width, name) in EXTENDED_REGISTERS.iter().filter(|(of, ..)| *of == id) {
                 if at + register + width.bytes() <= SPACE {
                     save(name, at + register, *width, false);
                 }
+            }
+        }
+        // What a guest may write, it must not leave to the next.
+        for register in config.registers().filter(|register| matches!(register.name, Name::Opened { .. })) {
+            if let Some(width) = Width::from_bytes(register.length.into()) {
+                save("a register of quirk=", register.offset, width, false);
             }
         }
         for bar in 0..6 {

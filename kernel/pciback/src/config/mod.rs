@@ -26,6 +26,7 @@ use self::registers::{
     walk,
 };
 pub use self::registers::{Name, Register, Rule};
+use crate::cmdline::Quirk;
 use crate::platform::{ConfigSpace, Width, WritesOff};
 use crate::wire::WireError;
 
@@ -206,6 +207,8 @@ pub struct VirtualConfig {
     identity: Identity,
     table: Vec<Register>,
     capabilities: Vec<Found>,
+    /// What `quirk=` asks for and is not so, and the register in the way.
+    refused: Vec<(Quirk, Name)>,
     guest: Option<Guest>,
 }
 
@@ -223,7 +226,22 @@ impl VirtualConfig {
         }
         let capabilities = walk(hardware);
         let table = table(hardware, &capabilities);
-        Ok(VirtualConfig { identity, table, capabilities, guest: None })
+        Ok(VirtualConfig { identity, table, capabilities, refused: Vec::new(), guest: None })
+    }
+
+    /// Opens registers to guests that have no rule of their own: for every guest, whoever comes and goes.
+    pub fn open(&mut self, quirks: &[Quirk]) {
+        self.refused = registers::open(&mut self.table, quirks);
+    }
+
+    /// What could not be opened, and the register in the way.
+    pub fn refused(&self) -> &[(Quirk, Name)] {
+        &self.refused
+    }
+
+    /// Whether the function has extended space (above 255) of its own.
+    pub fn has_extended(&self) -> bool {
+        self.table.last().is_some_and(|register| register.name != Name::Absent)
     }
 
     /// Offset of the first capability with this id that is shown.
@@ -390,6 +408,7 @@ fn overlapping(table: &[Register], access: Access) -> impl Iterator<Item = &Regi
 }
 
 /// One register's share of a write.
+#[derive(Clone, Copy)]
 struct Part<'a> {
     register: &'a Register,
     /// The first byte written, in the configuration space.
@@ -452,6 +471,9 @@ impl Guest {
             return seen;
         }
         for register in overlapping(table, access) {
+            if register.name == Name::Absent {
+                return access.width.mask();
+            }
             if let Some(value) = self.value(identity, hardware, register) {
                 let whole = bytes_mask(register.length);
                 let (value, mask) = if register.offset >= access.offset {
@@ -507,6 +529,8 @@ impl Guest {
             | Name::MsiMessage
             | Name::MsixControl
             | Name::MsixLocation
+            | Name::Opened { .. }
+            | Name::Absent
             | Name::Raw => None,
         }
     }
@@ -534,6 +558,7 @@ impl Guest {
                 outcome
             }
             Name::VpdAddress => write_vpd_address(hardware, part),
+            Name::Opened { mask } => write_opened(identity, hardware, part, mask),
             // Permissive or not: the reference lets a permissive guest flip these, but with Xen's
             // filter behind it. Here none is.
             Name::MsiControl | Name::MsixControl => {
@@ -560,6 +585,7 @@ impl Guest {
             | Name::VpdData
             | Name::MsiMessage
             | Name::MsixLocation
+            | Name::Absent
             | Name::Raw => match part.register.rule {
                 Rule::Ignored => Outcome::Done,
                 Rule::Permissive if self.permissive => part.forward(hardware),
@@ -648,6 +674,21 @@ fn wakes<C: ConfigSpace>(hardware: &C, part: &Part<'_>) -> bool {
     let held = hardware.read(part.register.offset, Width::Word) as u16;
     let asleep = held & power::STATE == power::STATE && held != u16::MAX;
     asleep && part.merged(u32::from(held)) as u16 & power::STATE == 0
+}
+
+/// Changes the bits that `quirk=` names, also for a permissive guest; the others of the bytes that are written keep what
+/// they read.
+fn write_opened<C: ConfigSpace>(identity: &Identity, hardware: &mut C, part: &Part<'_>, mask: u32) -> Outcome {
+    let Some(width) = Width::from_bytes(part.register.length.into()) else { return Outcome::Dropped };
+    let held = hardware.read(part.register.offset, width);
+    // What does not answer has nothing to keep.
+    if held == width.mask() && identity.check(hardware).is_err() {
+        return Outcome::Dropped;
+    }
+    let value = held & !mask | part.merged(held) & mask;
+    let shift = 8 * u32::from(part.start - part.register.offset);
+    let outcome = Part { value: (value & part.mask()) >> shift, ..*part }.forward(hardware);
+    if outcome == Outcome::Done && value != part.merged(held) { Outcome::Dropped } else { outcome }
 }
 
 /// Starts a read of vital product data. Not only when the value changes: the same address asks

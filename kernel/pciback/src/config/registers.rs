@@ -8,6 +8,7 @@ use alloc::vec::Vec;
 
 use super::allocation;
 use super::msi::{Msi, Msix};
+use crate::cmdline::Quirk;
 use crate::platform::{ConfigSpace, Width};
 
 /// Bytes of a function's configuration space.
@@ -243,6 +244,13 @@ pub enum Name {
     MsixControl,
     /// MSI-X table and pending-bit-array location.
     MsixLocation,
+    /// A register without a rule of its own in which a guest may change these bits (`quirk=`).
+    Opened {
+        /// The bits.
+        mask: u32,
+    },
+    /// There is no extended space: what answers there are the first 256 bytes again. Reads as all ones.
+    Absent,
     /// Everything else, in the first 256 bytes and behind them.
     Raw,
 }
@@ -399,8 +407,43 @@ pub fn table<C: ConfigSpace>(hardware: &C, list: &[Found]) -> Vec<Register> {
         push_capability(&mut table, hardware, *capability, *next, limit);
     }
     raw_up_to(&mut table, EXTENDED);
+    if is_mirrored(hardware) {
+        let reason = "the first 256 bytes show again there, and their rules would not hold";
+        table.push(entry(EXTENDED, SPACE - EXTENDED, Name::Absent, Rule::ReadOnly, reason));
+    }
     raw_up_to(&mut table, SPACE);
     table
+}
+
+/// Whether the first 256 bytes show again in the place of extended space, as behind some bridges that drop the upper
+/// address bits.
+fn is_mirrored<C: ConfigSpace>(hardware: &C) -> bool {
+    let first = hardware.read(offset::VENDOR, Width::Dword);
+    first != u32::MAX && (EXTENDED..SPACE).step_by(0x100).all(|at| hardware.read(at, Width::Dword) == first)
+}
+
+/// Opens registers that have no rule of their own; returns those that cannot be, each with what is in the way.
+pub fn open(table: &mut Vec<Register>, quirks: &[Quirk]) -> Vec<(Quirk, Name)> {
+    let mut refused = Vec::new();
+    for quirk in quirks {
+        let end = quirk.offset + quirk.size;
+        let at = table.partition_point(|register| register.end() <= quirk.offset);
+        let Some(register) = table.get(at).copied() else { continue };
+        if register.name != Name::Raw || register.end() < end {
+            // A register of less than four bytes may be followed by the one in the way.
+            let behind = table.iter().skip(at).take_while(|register| register.offset < end);
+            let name = behind.map(|register| register.name).find(|name| *name != Name::Raw);
+            refused.push((*quirk, name.unwrap_or(register.name)));
+            continue;
+        }
+        let parts = [
+            Register { length: quirk.offset - register.offset, ..register },
+            entry(quirk.offset, quirk.size, Name::Opened { mask: quirk.mask }, Rule::Own, "the configuration opens it"),
+            Register { offset: end, length: register.end() - end, ..register },
+        ];
+        table.splice(at..=at, parts.into_iter().filter(|part| part.length > 0));
+    }
+    refused
 }
 
 fn raw_up_to(table: &mut Vec<Register>, end: u16) {
