@@ -6,6 +6,7 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use crate::cmdline::{Complaint, Config, Mode};
+use crate::config::registers::capability;
 use crate::delegate::Down;
 use crate::device::{Device, State};
 use crate::frontend::{Context, Frontend, Verdict};
@@ -570,7 +571,7 @@ fn interrupts<C: ConfigSpace>(device: &Device<C>) -> String {
 fn msix<C: ConfigSpace>(device: &Device<C>) -> String {
     let Some(function) = device.peek() else { return "unknown".to_string() };
     match (function.interrupts.msix(), device.stale()) {
-        (None, _) if function.config.hidden().is_some() => "hidden".to_string(),
+        (None, _) if function.config.hidden().any(|(id, _)| id == capability::MSIX) => "hidden".to_string(),
         (None, _) => "none".to_string(),
         (Some(msix), 0) => format!("{} entries", msix.entries),
         (Some(msix), stale) => format!("{} entries, stale state reset {stale} times", msix.entries),
@@ -599,11 +600,9 @@ fn announce<C: ConfigSpace>(device: &Device<C>) {
             entry.sbdf
         );
     }
-    if let Some(at) = function.config.hidden() {
-        log::warn!(
-            "{}: its MSI-X capability at {at:#x} cannot be true, or Xen cannot find its table: no guest sees it",
-            entry.sbdf
-        );
+    for (id, at) in function.config.hidden() {
+        let name = capability::name(id);
+        log::warn!("{}: its {name} capability at {at:#x} cannot be true, so no guest sees it", entry.sbdf);
     }
     if let Some(msix) = function.interrupts.msix().filter(|msix| msix.shares_page()) {
         let (bar, from, to) = (msix.table.bar, msix.table.start & !0xfff, msix.table.end().next_multiple_of(0x1000));

@@ -255,9 +255,9 @@ impl VirtualConfig {
         self.capability(capability::POWER).map(|at| at + 4).filter(|at| at + 2 <= EXTENDED)
     }
 
-    /// Offset of a capability that is not shown because what it says cannot be.
-    pub fn hidden(&self) -> Option<u16> {
-        self.capabilities.iter().find(|found| found.hidden).map(|found| found.offset)
+    /// Ids and offsets of the capabilities that are not shown because what they say cannot be.
+    pub fn hidden(&self) -> impl Iterator<Item = (u8, u16)> {
+        self.capabilities.iter().filter(|found| found.hidden).map(|found| (found.id, found.offset))
     }
 
     /// The MSI capability, as the device has it now.

@@ -176,6 +176,19 @@ pub mod capability {
     pub const ADVANCED: u8 = 0x13;
     /// Enhanced Allocation.
     pub const ALLOCATION: u8 = 0x14;
+
+    /// What it is called.
+    pub const fn name(id: u8) -> &'static str {
+        match id {
+            POWER => "power management",
+            VPD => "VPD",
+            MSI => "MSI",
+            EXPRESS => "PCI Express",
+            MSIX => "MSI-X",
+            ADVANCED => "Advanced Features",
+            _ => "other",
+        }
+    }
 }
 
 /// The register an entry of the table stands for.
@@ -335,8 +348,17 @@ pub struct Found {
     pub offset: u16,
     /// Its id.
     pub id: u8,
+    /// Bytes of the registers that are known of it, two at least.
+    pub length: u16,
     /// What it says cannot be, so no guest sees it.
     pub hidden: bool,
+}
+
+impl Found {
+    /// The first byte behind.
+    const fn end(&self) -> u16 {
+        self.offset + self.length
+    }
 }
 
 /// The capabilities of the device in the order of its list, each offset once.
@@ -352,11 +374,17 @@ pub fn walk<C: ConfigSpace>(hardware: &C) -> Vec<Found> {
             break;
         }
         let id = header as u8;
-        // Its registers end inside the list's space; the walk proved only the first two bytes.
-        let hidden =
-            id == capability::MSIX && (at + MSIX_LENGTH > EXTENDED || Msix::read(hardware, at).nonsense().is_some());
-        found.push(Found { offset: at, id, hidden });
+        found.push(Found { offset: at, id, length: length(hardware, at, id), hidden: false });
         at = pointer(header >> 8);
+    }
+    // The walk proved only the first two bytes of each. Of two that lie on each other nobody knows which is true.
+    let places: Vec<(u16, u16)> = found.iter().map(|capability| (capability.offset, capability.end())).collect();
+    for capability in &mut found {
+        let on_it = |(start, end): &(u16, u16)| capability.offset < *end && *start < capability.end();
+        capability.hidden = capability.end() > EXTENDED || places.iter().filter(|place| on_it(place)).count() > 1;
+    }
+    for capability in found.iter_mut().filter(|found| found.id == capability::MSIX && !found.hidden) {
+        capability.hidden = Msix::read(hardware, capability.offset).nonsense().is_some();
     }
     hide_tables_without_register(hardware, &mut found);
     found
@@ -373,8 +401,18 @@ fn hide_tables_without_register<C: ConfigSpace>(hardware: &C, list: &mut [Found]
     }
 }
 
-/// Bytes of an MSI-X capability.
-const MSIX_LENGTH: u16 = 12;
+/// Bytes of a capability's registers, as far as they have rules or are used here. Of PCI Express those that every version
+/// has (version 1 ends behind Link Status).
+fn length<C: ConfigSpace>(hardware: &C, at: u16, id: u8) -> u16 {
+    match id {
+        capability::POWER | capability::VPD => 8,
+        capability::MSI => Msi::length(hardware.read(at + 2, Width::Word) as u16),
+        capability::MSIX => 12,
+        capability::EXPRESS => 20,
+        capability::ADVANCED => 6,
+        _ => 2,
+    }
+}
 
 /// A list pointer: one byte whose low two bits are reserved.
 fn pointer(byte: u32) -> u16 {
@@ -464,7 +502,7 @@ fn push_capability<C: ConfigSpace>(table: &mut Vec<Register>, hardware: &C, capa
     };
     let id = capability.id;
     if capability.hidden {
-        for at in (0..MSIX_LENGTH).step_by(4) {
+        for at in (0..capability.length).step_by(4) {
             push(at, 4, Name::Hidden, Rule::ReadOnly, "what it says of itself cannot be");
         }
         return;

@@ -178,6 +178,59 @@ fn the_table_covers_every_byte_once() {
     assert_eq!(name_at(&config, 0x100), Name::Raw);
 }
 
+/// A capability whose registers would end behind the list's space or lie on the next one's is in no list: rules for its
+/// registers would be rules for others'.
+#[test]
+fn a_capability_whose_registers_cannot_lie_where_it_says_is_hidden() {
+    const SHORT: [u8; 2] = [0x09, 0x00];
+    // Id, bytes it needs, what makes it need them.
+    for (id, needs, control) in [
+        (0x01, 8, 0),
+        (0x03, 8, 0),
+        (0x05, 10, 0),
+        (0x05, 14, 0x80),
+        (0x05, 20, 0x100),
+        (0x05, 24, 0x180),
+        (0x11, 12, 0),
+        (0x10, 20, 2),
+        (0x13, 6, 0),
+    ] {
+        for (at, next) in [
+            (0x60, 0x60 + (needs + 3 & !3)),
+            (0x60, 0x60 + (needs - 1 & !3)),
+            (0x100 - (needs + 3 & !3), 0),
+            (0x100 - (needs - 1 & !3), 0),
+        ] {
+            let mut model = Model::nic();
+            model.bytes[0x40..0x100].fill(0);
+            model.put(0x34, &[0x40]);
+            model.put(0x40, &[SHORT[0], at as u8]);
+            model.put(
+                at,
+                &[id, next as u8, control as u8, (control >> 8) as u8, 0, 0, 0, 0, 3, 0x20, 0, 0]
+                    [..12.min(0x100 - usize::from(at))],
+            );
+            if next != 0 {
+                model.put(next, &SHORT);
+            }
+            let config = VirtualConfig::new(&model, None).expect("seized");
+            assert_covers_all(&config);
+            let fits = if next == 0 { at + needs <= 0x100 } else { at + needs <= next };
+            assert_eq!(config.capability(id).is_some(), fits, "{id:#x} of {needs} bytes at {at:#x}, next {next:#x}");
+            assert_eq!(config.hidden().any(|hidden| hidden == (id, at)), !fits);
+            let mut bench = Bench::new(model, Model::nic_view());
+            assert_eq!(
+                bench.read(0x41, 1),
+                if fits { u32::from(at) } else { 0 },
+                "the list goes around it"
+            );
+            if !fits {
+                assert_eq!(bench.read(at, 4), 0);
+            }
+        }
+    }
+}
+
 #[test]
 fn a_capability_list_that_loops_overlaps_or_points_nowhere_still_gives_a_table() {
     let lists: [&[(u16, u8, u8)]; 8] = [
@@ -208,7 +261,7 @@ fn a_list_through_all_48_places_ends() {
     }
     let config = VirtualConfig::new(&model, None).expect("seized");
     assert_covers_all(&config);
-    assert_eq!(config.registers().filter(|register| register.name == Name::MsiControl).count(), 48);
+    assert_eq!(config.hidden().count(), 48, "all lie on each other");
 }
 
 #[test]
@@ -224,16 +277,21 @@ fn garbage_in_the_whole_space_gives_a_table() {
     }
 }
 
+/// With rules for both, a power state written by the guest would become MSI data (XSA-128).
 #[test]
-fn a_capability_that_starts_inside_another_clips_it() {
+fn two_capabilities_that_lie_on_each_other_are_both_hidden() {
     let mut model = Model::nic();
     model.put(0x40, &[0x05, 0x48, 0x80, 0x00]);
-    model.put(0x48, &[0x01, 0x00]);
-    let config = VirtualConfig::new(&model, None).expect("seized");
-    assert_covers_all(&config);
-    assert_eq!(name_at(&config, 0x47), Name::MsiMessage);
-    assert_eq!(name_at(&config, 0x48), Name::CapabilityHeader { id: 1, next: 0 });
-    assert_eq!(name_at(&config, 0x4c), Name::PowerControl);
+    model.put(0x48, &[0x01, 0x90]);
+    let mut bench = Bench::new(model, GuestView { permissive: true, ..Model::nic_view() });
+    assert_covers_all(&bench.config);
+    assert_eq!(bench.config.hidden().collect::<Vec<_>>(), [(0x05, 0x40), (0x01, 0x48)]);
+    assert_eq!(bench.read(0x34, 1), 0x90, "the list goes around them");
+    for at in (0x40..0x50).step_by(4) {
+        bench.write(at, 4, u32::MAX);
+        assert_eq!(bench.read(at, 4), 0);
+    }
+    assert_eq!(bench.hardware.log, []);
 }
 
 #[test]
