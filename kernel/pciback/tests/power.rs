@@ -154,3 +154,22 @@ fn case_65_wake_events_stay_off_whatever_the_guest_writes() {
         assert_eq!(rig.hardware(NIC).word(at::PMCSR) & 0x0100, 0, "{value:#x}");
     }
 }
+
+/// Reference 3.6: the guest chooses D-state and data selector, and clears a pending wake event by its own 1 only.
+#[test]
+fn power_state_and_data_selector_follow_and_a_wake_event_is_cleared_by_its_1_only() {
+    let (mut rig, guest) = started(Card::FULL);
+    let card = rig.hardware(NIC);
+    for state in [1, 2, 3, 0] {
+        assert_eq!(guest.write(&mut rig, 0, at::PMCSR.into(), 2, state), 0);
+        rig.settle();
+        assert_eq!(u32::from(card.word(at::PMCSR) & 3), state);
+    }
+    card.set_word(at::PMCSR, card.word(at::PMCSR) | 0x8000);
+    assert_eq!(guest.write(&mut rig, 0, at::PMCSR.into(), 2, 0x0a00), 0);
+    assert_eq!(card.word(at::PMCSR) & 0x9e00, 0x8a00, "the event is pending still");
+    assert_eq!(guest.write(&mut rig, 0, at::PMCSR.into(), 1, 0x01), 0);
+    assert_eq!(card.word(at::PMCSR) & 0x9e03, 0x8a01, "a byte beside it clears nothing either");
+    assert_eq!(guest.write(&mut rig, 0, at::PMCSR.into(), 2, 0x8000), 0);
+    assert_eq!(card.word(at::PMCSR) & 0x9e00, 0);
+}

@@ -107,3 +107,15 @@ fn another_function_in_its_place_is_not_taken_for_it() {
     let guest = rig.attach(2, &[NIC]);
     assert!(guest.back("error").or(guest.back("error-0")).is_some_and(|why| why.contains("another device")));
 }
+
+#[test]
+fn the_pirq_of_a_function_without_a_pin_is_0() {
+    let mut rig = boot();
+    let mut guest = rig.attach(1, &[NIC]);
+    guest.connect(&mut rig);
+    guest.write(&mut rig, 0, 4, 2, 0x0006);
+    assert_eq!(guest.disable_msi(&mut rig), 0);
+    guest.enable_msix(&mut rig, &[0]).expect("a vector");
+    assert_eq!(guest.disable_msix(&mut rig), 0);
+    assert_eq!(guest.read(&mut rig, 0, 0x3c, 1), Ok(0));
+}

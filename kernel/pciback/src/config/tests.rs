@@ -219,11 +219,7 @@ fn a_capability_whose_registers_cannot_lie_where_it_says_is_hidden() {
             assert_eq!(config.capability(id).is_some(), fits, "{id:#x} of {needs} bytes at {at:#x}, next {next:#x}");
             assert_eq!(config.hidden().any(|hidden| hidden == (id, at)), !fits);
             let mut bench = Bench::new(model, Model::nic_view());
-            assert_eq!(
-                bench.read(0x41, 1),
-                if fits { u32::from(at) } else { 0 },
-                "the list goes around it"
-            );
+            assert_eq!(bench.read(0x41, 1), if fits { u32::from(at) } else { 0 }, "the list goes around it");
             if !fits {
                 assert_eq!(bench.read(at, 4), 0);
             }

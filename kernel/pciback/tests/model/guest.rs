@@ -119,13 +119,15 @@ impl Guest {
             self.world.assign(sbdf, self.id);
         }
         let card = self.world.address(sbdf).map(|sbdf| self.world.hardware.borrow()[&sbdf].clone());
+        // dom0 has no interrupt for a virtual function.
+        let irq = if card.as_ref().is_some_and(|card| card.is_virtual()) { "0" } else { "21" };
         let (ids, resources) = card.map_or_else(Default::default, |card| (card.ids(), card.resources.clone()));
         for (node, value) in [
             ("dev", sbdf),
             ("key", sbdf),
             ("opts", "msitranslate=0,power_mgmt=0,permissive=0,rdm_policy=strict"),
             ("id", ids.as_str()),
-            ("irq", "21"),
+            ("irq", irq),
             ("resource", resources.as_str()),
             ("state", "1"),
         ] {
