@@ -178,7 +178,7 @@ impl Image {
                 }
             }
         }
-        for (id, at) in config.has_extended().then(|| extended(hardware)).unwrap_or_default() {
+        for (id, at) in if config.has_extended() { extended(hardware) } else { Vec::new() } {
             for (_, register, width, name) in EXTENDED_REGISTERS.iter().filter(|(of, ..)| *of == id) {
                 if at + register + width.bytes() <= SPACE {
                     save(name, at + register, *width, false);

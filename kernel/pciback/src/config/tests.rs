@@ -196,10 +196,10 @@ fn a_capability_whose_registers_cannot_lie_where_it_says_is_hidden() {
         (0x13, 6, 0),
     ] {
         for (at, next) in [
-            (0x60, 0x60 + (needs + 3 & !3)),
-            (0x60, 0x60 + (needs - 1 & !3)),
-            (0x100 - (needs + 3 & !3), 0),
-            (0x100 - (needs - 1 & !3), 0),
+            (0x60, 0x60 + ((needs + 3) & !3)),
+            (0x60, 0x60 + ((needs - 1) & !3)),
+            (0x100 - ((needs + 3) & !3), 0),
+            (0x100 - ((needs - 1) & !3), 0),
         ] {
             let mut model = Model::nic();
             model.bytes[0x40..0x100].fill(0);
