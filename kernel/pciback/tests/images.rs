@@ -339,3 +339,65 @@ fn a_graphics_card_and_its_sound_share_the_guests_slot() {
     guest.destroy(&mut rig);
     assert_eq!([video, sound].map(|sbdf| rig.state(sbdf)), ["ready", "ready"]);
 }
+
+/// The ROM cannot be switched on by a guest: it would answer where nobody has looked.
+#[test]
+fn a_rom_is_sized_and_never_turned_on() {
+    for image in images::ALL.iter().filter(|image| image.rom.is_some()) {
+        for options in ["", ",permissive"] {
+            let (mut rig, guest, card) = started(image, options);
+            let (start, size) = image.rom.expect("a ROM");
+            for (value, seen) in [
+                (0xffff_f800, size.wrapping_neg()),
+                (u32::MAX, size.wrapping_neg()),
+                (start, start),
+                (start | 1, start),
+                (1, start),
+                (0, start),
+                (0xffff_f000, start),
+            ] {
+                assert_eq!(guest.write(&mut rig, 0, 0x30, 4, value), 0);
+                assert_eq!(read(&mut rig, &guest, 0x30, 4), seen, "{}: {value:#x}", image.name);
+            }
+            assert_eq!(card.word(0x30) & 1, 0, "{}", image.name);
+        }
+    }
+}
+
+/// Linux has rules for the first capability of each kind only: a second one was a way around them.
+#[test]
+fn a_second_capability_of_a_kind_is_guarded_like_the_first() {
+    const TWICE: Image = Image {
+        name: "everything twice",
+        list: &[
+            (0x40, Kind::Power { pmc: 0xc803, pmcsr: 8 }),
+            (0x48, Kind::Power { pmc: 0xc803, pmcsr: 8 }),
+            (0x50, Kind::Msi(0x0080)),
+            (0x60, Kind::Msi(0x0080)),
+            (0x70, Kind::Msix { entries: 4, table: (3, 0), pending: (3, 0x2000) }),
+            (0x80, Kind::Msix { entries: 4, table: (3, 0), pending: (3, 0x2000) }),
+            (0x90, Kind::Vpd),
+            (0x98, Kind::Vpd),
+        ],
+        ..images::I210
+    };
+    for options in ["", ",permissive"] {
+        let (mut rig, guest, card) = started(&TWICE, options);
+        let shown: Vec<(u8, u8)> = TWICE.list.iter().map(|(at, kind)| (*at, kind.id())).collect();
+        assert_eq!(list(&mut rig, &guest), shown);
+        let before = card.bytes.borrow().clone();
+        for (at, size, value, err) in [
+            (0x4c, 2, 0x0100, 0),
+            (0x62, 2, 0x0081, -3),
+            (0x64, 4, 0xfee0_0000, 0),
+            (0x6c, 2, 0x4021, 0),
+            (0x82, 2, 0x8003, -3),
+            (0x84, 4, 0x0000_1000, 0),
+            (0x9a, 2, 0x8000, -3),
+            (0x9c, 4, 0x1234_5678, 0),
+        ] {
+            assert_eq!(guest.write(&mut rig, 0, at, size, value), err, "{at:#x}");
+        }
+        assert_eq!(differences(&card.bytes.borrow(), &before), [], "{options:?}");
+    }
+}
