@@ -2,7 +2,7 @@
 
 use pciback::sbdf::Sbdf;
 
-use crate::attach::{Host, reset};
+use crate::attach::{Host, find_driver, reset};
 use crate::detach::attached_to;
 use crate::error::{Failure, Outcome, errno};
 use crate::mend::{mend, registers};
@@ -71,6 +71,19 @@ pub fn add(host: &Host<'_>, sbdf: Sbdf) -> Outcome<String> {
             ))
         }
     }
+}
+
+/// Makes a function assignable for the attachment that follows. What is not there is found before anything is taken from dom0.
+///
+/// # Errors
+/// There is no such guest, no driver domain has the function, or as [`add`].
+pub fn seize(host: &Host<'_>, guest: &str, sbdf: Sbdf, driver: Option<&str>) -> Outcome<()> {
+    let (_, drivers) = host.domains.guest_and_drivers(guest)?;
+    find_driver(drivers, sbdf, driver)?;
+    if !host.sysfs.function(sbdf)?.is_assignable() {
+        eprintln!("xl-pciback: {}", add(host, sbdf)?);
+    }
+    Ok(())
 }
 
 /// Keeps drivers off and takes the function from the one it has.

@@ -48,13 +48,14 @@ Commands:
                              [--mode auto|mmcfg0|read-only] [--topology vpci|passthrough]
   check FILE                 compare such a file with this host; exit code 3 if something is wrong
   attach GUEST BDF           give a function to a running or paused guest
-                             [--driver NAME] [--permissive]
+                             [--driver NAME] [--permissive] [--seize]
   detach GUEST BDF           take it away again   [--driver NAME] [--timeout SECONDS] [--force]
   serve                      carry out what driver domains may not do themselves, and attach what is promised
   list                       show driver domains, functions and guests   [--json]
   status [BDF...]            show how functions stand, and count what guests do with them   [--json]
 
-BDF is SSSS:BB:DD.F or BB:DD.F (hexadecimal); GUEST is a name or a domain number.
+BDF is SSSS:BB:DD.F or BB:DD.F (hexadecimal); with * for F it means all functions of the slot (quote it for the shell).
+GUEST is a name or a domain number.
 --libdir DIR (or XL_PCIBACK_LIBDIR) names the folder of Xen's libraries where they are in no usual one.
 `xl-pciback COMMAND --help` says more about one command.
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 check found problems.
@@ -98,11 +99,13 @@ frame a function, ids. Redirect it to /etc/xen/NAME.cfg.
         }
         "attach" => {
             "\
-Usage: xl-pciback attach [--driver NAME] [--permissive] GUEST BDF
+Usage: xl-pciback attach [--driver NAME] [--permissive] [--seize] GUEST BDF
 Gives a function to a guest, which may be paused or run. The guest must be PV, with e820_host = 1 and
 passthrough = \"enabled\". Whatever fails, nothing is left behind; neither if it is interrupted (Ctrl-C).
   --driver NAME    the driver domain; by default the one whose configuration lists the function
   --permissive     let the guest write registers that have no rule
+  --seize          make the function assignable first (assignable-add), if it is not
+With BB:DD.* each function of the slot is attached, function 0 first; one that fails keeps no other.
 "
         }
         "detach" => {
@@ -166,6 +169,7 @@ struct Line {
     topology: Option<String>,
     timeout: Option<u64>,
     permissive: bool,
+    seize: bool,
     force: bool,
     json: bool,
     no_rebind: bool,
@@ -179,7 +183,7 @@ fn options(command: &str) -> &'static [&'static str] {
     match command {
         "assignable-remove" => &["no-rebind"],
         "config" => &["guest", "name", "kernel", "permissive", "mode", "topology"],
-        "attach" => &["driver", "permissive"],
+        "attach" => &["driver", "permissive", "seize"],
         "detach" => &["driver", "timeout", "force"],
         "list" | "status" => &["json"],
         "serve" => &["foreground"],
@@ -218,6 +222,7 @@ fn parse(args: impl IntoIterator<Item = std::ffi::OsString>) -> Outcome<Line> {
                 line.timeout = Some(seconds.ok_or_else(|| Failure::usage("--timeout wants 1 to 3600 seconds"))?);
             }
             "permissive" => line.permissive = true,
+            "seize" => line.seize = true,
             "force" => line.force = true,
             // It always runs in the foreground; service managers like to say so.
             "foreground" => {}
@@ -232,20 +237,20 @@ fn parse(args: impl IntoIterator<Item = std::ffi::OsString>) -> Outcome<Line> {
     Ok(line)
 }
 
-fn address(text: &str) -> Outcome<Sbdf> {
-    text.parse().map_err(|bad| Failure::usage(format!("{text:?} is {bad}")))
-}
-
-fn addresses(words: &[String]) -> Outcome<Vec<Sbdf>> {
+fn addresses(sysfs: &Sysfs, words: &[String]) -> Outcome<Vec<Sbdf>> {
     if words.is_empty() {
         return Err(Failure::usage("name at least one function"));
     }
-    words.iter().map(|word| address(word)).collect()
+    let mut all = Vec::new();
+    for word in words {
+        all.extend(sysfs.named(word)?);
+    }
+    Ok(all)
 }
 
-fn guest_and_address(words: &[String]) -> Outcome<(&str, Sbdf)> {
+fn guest_and_addresses<'a>(sysfs: &Sysfs, words: &'a [String]) -> Outcome<(&'a str, Vec<Sbdf>)> {
     match words {
-        [guest, sbdf] => Ok((guest, address(sbdf)?)),
+        [guest, word] => Ok((guest, sysfs.named(word)?)),
         _ => Err(Failure::usage("this command wants GUEST BDF")),
     }
 }
@@ -293,7 +298,7 @@ fn run() -> Outcome<()> {
     }
     let sysfs = Sysfs::default();
     if command == "config" {
-        let functions = addresses(words)?;
+        let functions = addresses(&sysfs, words)?;
         let mode = config::choose(line.mode.as_deref(), Xl.xen().ok().map(|xen| xen.mmcfg_off()))?;
         let options = config::Options {
             name: line.name.unwrap_or_else(|| "pciback0".into()),
@@ -333,19 +338,20 @@ fn run() -> Outcome<()> {
         Add(Vec<Sbdf>),
         Remove(Vec<Sbdf>),
         Assignable,
-        Attach(&'a str, Sbdf),
-        Detach(&'a str, Sbdf),
+        Attach(&'a str, Vec<Sbdf>),
+        Detach(&'a str, Vec<Sbdf>),
         List,
         Status(Vec<Sbdf>),
         Serve,
     }
     let job = match command {
-        "assignable-add" => Job::Add(addresses(words)?),
-        "assignable-remove" => Job::Remove(addresses(words)?),
+        "assignable-add" => Job::Add(addresses(&sysfs, words)?),
+        "assignable-remove" => Job::Remove(addresses(&sysfs, words)?),
         "assignable-list" => none(words).map(|()| Job::Assignable)?,
-        "attach" => guest_and_address(words).map(|(guest, sbdf)| Job::Attach(guest, sbdf))?,
-        "detach" => guest_and_address(words).map(|(guest, sbdf)| Job::Detach(guest, sbdf))?,
-        "status" => Job::Status(words.iter().map(|word| address(word)).collect::<Outcome<_>>()?),
+        "attach" => guest_and_addresses(&sysfs, words).map(|(guest, functions)| Job::Attach(guest, functions))?,
+        "detach" => guest_and_addresses(&sysfs, words).map(|(guest, functions)| Job::Detach(guest, functions))?,
+        "status" if words.is_empty() => Job::Status(Vec::new()),
+        "status" => Job::Status(addresses(&sysfs, words)?),
         "serve" => none(words).map(|()| Job::Serve)?,
         _ => none(words).map(|()| Job::List)?,
     };
@@ -360,14 +366,20 @@ fn run() -> Outcome<()> {
         Job::Add(functions) => each(functions, |sbdf| assignable::add(&host, sbdf))?,
         Job::Remove(functions) => each(functions, |sbdf| assignable::remove(&host, sbdf, !line.no_rebind))?,
         Job::Assignable => assignable::list(&host).iter().for_each(|text| println!("{text}")),
-        Job::Attach(guest, sbdf) => {
+        Job::Attach(guest, functions) => {
             let options = attach::Options { driver: line.driver, permissive: line.permissive };
-            println!("{}", attach::attach(&host, guest, sbdf, &options)?);
+            each(functions, |sbdf| {
+                if line.seize {
+                    assignable::seize(&host, guest, sbdf, options.driver.as_deref())?;
+                }
+                attach::attach(&host, guest, sbdf, &options)
+            })?;
         }
-        Job::Detach(guest, sbdf) => {
+        Job::Detach(guest, functions) => {
             let timeout = Duration::from_secs(line.timeout.unwrap_or(10));
             let options = detach::Options { driver: line.driver, force: line.force, timeout };
-            println!("{}", detach::detach(&host, guest, sbdf, &options)?);
+            // The last first, so that function 0 is there as long as another is.
+            each(functions.into_iter().rev().collect(), |sbdf| detach::detach(&host, guest, sbdf, &options))?;
         }
         Job::Serve => serve::serve(&xen, &sysfs, serve::Options { libdir })?,
         Job::List => {

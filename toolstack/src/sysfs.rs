@@ -164,6 +164,28 @@ impl Sysfs {
         all
     }
 
+    /// The functions that a word of the command line means: one address, or with `*` for its function all that are
+    /// in the slot, as xl has it. Function 0 comes first, so that the guest gets it first.
+    ///
+    /// # Errors
+    /// It is no address, or nothing is in the slot.
+    pub fn named(&self, word: &str) -> Outcome<Vec<Sbdf>> {
+        let wrong = |bad| Failure::usage(format!("{word:?} is {bad}"));
+        let Some(slot) = word.strip_suffix(".*") else {
+            return Ok(vec![word.parse().map_err(wrong)?]);
+        };
+        let zero: Sbdf = format!("{slot}.0").parse().map_err(wrong)?;
+        let of_slot = |sbdf: &Sbdf| Sbdf::new(sbdf.segment(), sbdf.bus(), sbdf.devfn() & !7) == zero;
+        let found: Vec<Sbdf> = self.functions().into_iter().filter(of_slot).collect();
+        if found.is_empty() {
+            return Err(Failure::new(
+                format!("the host has no PCI function in slot {slot}"),
+                "lspci -D lists what there is",
+            ));
+        }
+        Ok(found)
+    }
+
     /// What is known of `sbdf`.
     ///
     /// # Errors

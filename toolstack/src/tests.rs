@@ -43,6 +43,8 @@ struct Fake {
     /// Whether driver domain and frontend answer.
     alive: Cell<bool>,
     refuse: Cell<bool>,
+    /// Xen's answer to every assignment to a guest, if it is not 0.
+    refuses_assignment: Cell<Option<i32>>,
     /// Whether another try makes a broken function ready.
     mends: Cell<bool>,
     /// What the driver domain has counted for the card; without it, it does not answer who asks.
@@ -86,6 +88,7 @@ impl Fake {
             fail_at: Cell::new(0),
             alive: Cell::new(true),
             refuse: Cell::new(false),
+            refuses_assignment: Cell::new(None),
             mends: Cell::new(false),
             counters: RefCell::default(),
         };
@@ -244,6 +247,9 @@ fn sign(allow: bool) -> char {
 impl Hypervisor for Fake {
     fn assign(&self, domid: u32, sbdf: Sbdf, relaxed: bool) -> Result<(), i32> {
         assert_eq!(relaxed, domid == 0x7ff1);
+        if let Some(number) = self.refuses_assignment.get().filter(|_| domid != 0x7ff1) {
+            return Err(number);
+        }
         let right = if domid == 0x7ff1 { format!("quarantine {sbdf}") } else { format!("assign {sbdf} {domid} +") };
         self.try_step(right)?;
         if domid != 0x7ff1 {
@@ -905,4 +911,64 @@ fn registers_of_a_stranger_in_the_same_frame_are_noticed() {
         crate::rights::strangers(host, &function, &[])
     });
     assert_eq!(strangers, ["0000:00:05.0".parse().unwrap()]);
+}
+
+/// As xl's `BB:DD.*`, of which libxl attaches the highest function only.
+#[test]
+fn a_star_means_every_function_of_the_slot_from_0_on() {
+    let fake = Fake::new("star");
+    for sbdf in ["0000:05:00.1", "0000:05:00.0", "0000:05:01.0", "0001:05:00.0", "0000:05:00.7"] {
+        fs::create_dir_all(fake.root.join(format!("sys/bus/pci/devices/{sbdf}"))).unwrap();
+    }
+    let named = |word: &str| {
+        let found = fake.sysfs().named(word);
+        found.map(|all| all.iter().map(Sbdf::to_string).collect::<Vec<_>>()).map_err(|failure| failure.what)
+    };
+    let slot = Ok(["0000:05:00.0", "0000:05:00.1", "0000:05:00.7"].map(String::from).to_vec());
+    assert_eq!(named("05:00.*"), slot);
+    assert_eq!(named("0000:05:00.*"), slot);
+    assert_eq!(named("0001:05:00.*"), Ok(vec!["0001:05:00.0".to_string()]));
+    assert_eq!(named("05:00.1"), Ok(vec!["0000:05:00.1".to_string()]));
+    // One address need not be there: who uses it says so in its own words.
+    assert_eq!(named("07:00.0"), Ok(vec!["0000:07:00.0".to_string()]));
+    assert!(named("07:00.*").expect_err("an empty slot").contains("no PCI function in slot 07:00"));
+    for wrong in ["05:*.*", "05:00.**", "*", ".*", "05:20.*", "05:00*"] {
+        assert!(named(wrong).expect_err(wrong).contains("not a PCI address"), "{wrong}");
+    }
+}
+
+/// xl's `seize`: what dom0 has is taken for the attachment, but not before all else is there.
+#[test]
+fn a_function_is_seized_only_where_guest_and_driver_domain_are_there() {
+    let sbdf: Sbdf = NIC.parse().unwrap();
+    let fake = Fake::new("seize");
+    fake.set_sysfs("driver_override", "(null)\n");
+    assert!(fake.attach().expect_err("dom0 has it").what.contains("not made assignable"));
+    for (guest, driver, told) in [("nobody", None, "no such domain"), ("db1", Some("other"), "is not running")] {
+        let failure = fake.with(|host| assignable::seize(host, guest, sbdf, driver)).expect_err(told);
+        assert!(failure.what.contains(told), "{failure}");
+        assert!(fake.with(assignable::list).is_empty(), "{told}: dom0 still has it");
+    }
+    fake.with(|host| assignable::seize(host, "db1", sbdf, None)).unwrap();
+    assert!(fake.log.borrow().contains(&format!("quarantine {NIC}")));
+    fake.log.borrow_mut().clear();
+    fake.with(|host| assignable::seize(host, "db1", sbdf, None)).unwrap();
+    assert!(fake.log.borrow().is_empty(), "it was seized before");
+    fake.attach().unwrap();
+}
+
+/// Case 62: XCP-ng's documentation, QubesOS issue 2530: Xen refuses a device with reserved memory of the platform
+/// (RMRR), and the reason was in no message.
+#[test]
+fn case_62_a_device_with_reserved_memory_is_refused_with_a_reason() {
+    let fake = Fake::new("rmrr");
+    let before = fake.nodes.borrow().clone();
+    fake.refuses_assignment.set(Some(1));
+    let failure = fake.attach().expect_err("refused");
+    assert!(failure.what.contains("reserved memory (RMRR)") && failure.remedy.contains("xl dmesg"), "{failure}");
+    assert_eq!(*fake.nodes.borrow(), before);
+    assert_eq!(fake.rights(), BTreeMap::new());
+    // Nothing was left behind, so another policy of the host is all that it takes.
+    fake.refuses_assignment.set(None);
+    fake.attach().unwrap();
 }

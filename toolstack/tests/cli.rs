@@ -80,6 +80,9 @@ fn wrong_words_are_named_and_end_with_2() {
         (&["attach", "g1", "nonsense"], "\"nonsense\" is not a PCI address"),
         (&["attach", "g1", "01:00.0", "02:00.0"], "wants GUEST BDF"),
         (&["attach", "--force", "g1", "01:00.0"], "attach has no option --force"),
+        (&["attach", "--seize", "g1"], "wants GUEST BDF"),
+        (&["detach", "--seize", "g1", "01:00.0"], "detach has no option --seize"),
+        (&["config", "01:*.*"], "\"01:*.*\" is not a PCI address"),
         (&["assignable-add"], "at least one function"),
         (&["assignable-add", "--no-rebind", "01:00.0"], "no option --no-rebind"),
         (&["detach", "--timeout", "soon", "g1", "01:00.0"], "--timeout"),
@@ -117,7 +120,10 @@ fn every_command_explains_itself() {
 fn config_prints_what_check_accepts() {
     let machine = Machine::new("config", MMCFG0);
     let image = machine.file("image", "");
+    let (code, star, err) = machine.run(&["config", "01:00.*", "--guest", "db1", "--kernel", &image]);
+    assert_eq!(code, 0, "{err}");
     let (code, text, err) = machine.run(&["config", "01:00.0", "--guest", "db1", "--kernel", &image]);
+    assert_eq!(star, text, "the slot has one function");
     assert_eq!(code, 0, "{err}");
     let wanted = format!(
         "# Driver domain for PCI functions, written by xl-pciback config.\n\
