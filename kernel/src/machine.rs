@@ -18,7 +18,7 @@ use pciback::platform::{
     Width, WritesOff,
 };
 use pciback::sbdf::Sbdf;
-use pciback::wire::{MsixEntry, PCIF_ACTIVE, RawReply, RawRequest, offset};
+use pciback::wire::{AerRequest, MsixEntry, PCIB_ACTIVE, PCIF_ACTIVE, RawReply, RawRequest, offset};
 use xen_guest::abi::PAGE_SIZE;
 use xen_guest::clock;
 use xen_guest::console::Console;
@@ -491,6 +491,27 @@ impl SharedPage for GrantedPage {
 
     fn clear_active(&self) -> u32 {
         self.0.page().atomic32(offset::FLAGS).fetch_and(!PCIF_ACTIVE, Ordering::AcqRel)
+    }
+
+    fn aer_request(&self, request: &AerRequest) {
+        let page = self.0.page();
+        page.write(offset::AER_OP, request.cmd);
+        page.write(offset::AER_ERR, request.state);
+        page.write(offset::AER_DOMAIN, request.domain);
+        page.write(offset::AER_BUS, request.bus);
+        page.write(offset::AER_DEVFN, request.devfn);
+    }
+
+    fn set_aer_active(&self) {
+        self.0.page().atomic32(offset::FLAGS).fetch_or(PCIB_ACTIVE, Ordering::AcqRel);
+    }
+
+    fn clear_aer_active(&self) {
+        self.0.page().atomic32(offset::FLAGS).fetch_and(!PCIB_ACTIVE, Ordering::AcqRel);
+    }
+
+    fn aer_result(&self) -> i32 {
+        self.0.page().read::<u32>(offset::AER_ERR).cast_signed()
     }
 }
 

@@ -5,10 +5,11 @@ use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
+use crate::aer::Severity;
 use crate::cmdline::{Complaint, Config, Mode};
 use crate::config::registers::capability;
 use crate::delegate::Down;
-use crate::device::{Device, State};
+use crate::device::{Device, Report, State};
 use crate::frontend::{Context, Frontend, Verdict};
 use crate::handover::Reach;
 use crate::interrupts::Kind;
@@ -39,17 +40,23 @@ const PUBLISH_PAUSE: Nanos = 200_000_000;
 /// The watch on dom0's wish to try a broken function again: its address as in the published folder.
 const RETRY: (&str, &str) = ("data/pciback/retry", "retry");
 
+/// The watch on dom0's report of a function's error: its address as in the published folder, a blank, and how bad it is:
+/// `nonfatal`, `fatal` or `permanent`, or `auto` if that is to be looked for.
+const ERROR: (&str, &str) = ("data/pciback/aer", "aer");
+
 /// What was last published of a function.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Published {
     state: State,
     interrupts: (Kind, u16),
     stale: u32,
+    report: Option<Report>,
 }
 
 impl Published {
     fn of<C: ConfigSpace>(device: &Device<C>) -> Published {
-        Published { state: device.state.clone(), interrupts: in_use(device), stale: device.stale() }
+        let (state, report) = (device.state.clone(), device.report().cloned());
+        Published { state, interrupts: in_use(device), stale: device.stale(), report }
     }
 }
 
@@ -73,7 +80,7 @@ pub struct Backend<P: Platform> {
     /// When to look at everything again because xenstore failed; nothing else would bring it back.
     retry: Option<Nanos>,
     failures: u32,
-    /// When the next step of a hand-over is due.
+    /// When the next step of a hand-over is due, or an answer to a report of an error.
     due: Option<Nanos>,
     /// All that is published of the domain itself is.
     introduced: bool,
@@ -182,6 +189,8 @@ impl<P: Platform> Backend<P> {
             }
         } else if token == RETRY.1 {
             self.retry_device();
+        } else if token == ERROR.1 {
+            self.report_error();
         } else if token == TOKEN {
             let mut parts = path.strip_prefix(BACKEND).unwrap_or("").trim_start_matches('/').splitn(3, '/');
             match (parts.next().filter(|part| !part.is_empty()), parts.next(), parts.next()) {
@@ -312,6 +321,10 @@ impl<P: Platform> Backend<P> {
                 changed |= device.advance(self.platform.physdev(), now);
             }
         }
+        let Backend { platform, devices, frontends, .. } = self;
+        for frontend in frontends.values_mut().filter(|frontend| frontend.due().is_some_and(|due| due <= now)) {
+            changed |= frontend.go_on(&mut Context { platform, devices });
+        }
         if changed {
             // One that was handed over without dom0 gets to its next guest with it.
             self.take_control();
@@ -326,7 +339,8 @@ impl<P: Platform> Backend<P> {
     }
 
     fn note_due(&mut self) {
-        self.due = self.devices.iter().filter_map(Device::due).min();
+        let handed_over = self.devices.iter().filter_map(Device::due);
+        self.due = handed_over.chain(self.frontends.values().filter_map(Frontend::due)).min();
     }
 
     /// dom0 asks to try a broken function again.
@@ -363,14 +377,45 @@ impl<P: Platform> Backend<P> {
         self.frontends.values().filter_map(Frontend::look_due).min()
     }
 
+    /// dom0 reports an error of a function.
+    fn report_error(&mut self) {
+        // A failure leaves the report where it is; dom0 can make it again.
+        let Ok(wish) = self.platform.store().read(None, ERROR.0) else { return };
+        if wish.is_empty() {
+            return;
+        }
+        let Backend { platform, devices, frontends, .. } = self;
+        let (folder, word) = wish.split_once(' ').unwrap_or((&wish, ""));
+        let severity = if word == "auto" { Some(None) } else { Severity::parse(word).map(Some) };
+        let index = devices.iter().position(|device| nodes::folder(device.entry.sbdf) == folder);
+        if let (Some(index), Some(severity)) = (index, severity)
+            && let Some(device) = devices.get_mut(index)
+        {
+            let now = platform.now();
+            if let Some((_, severity)) = device.error_reported(severity, platform.physdev(), now)
+                && let Some(frontend) = frontends.values_mut().find(|frontend| frontend.has(index))
+            {
+                frontend.report_error(&mut Context { platform, devices }, index, severity);
+            }
+        } else {
+            log::warn!("{}: {wish:?} is no report of a function of this domain", ERROR.0);
+        }
+        self.note_due();
+        self.publish_devices();
+        // As with a retry.
+        if let Err(error) = self.platform.store().write(None, ERROR.0, "") {
+            log::warn!("cannot acknowledge {}: {error}", ERROR.0);
+        }
+    }
+
     /// The ports to wait for.
     pub fn ports(&self) -> impl Iterator<Item = Port> {
         self.frontends.values().filter_map(Frontend::port)
     }
 
     /// When to call [`Backend::serve`] again without an event: after xenstore failed, while a function is handed
-    /// over, when something is to be published that guests may not have published at once, and when nodes are to be looked
-    /// at that changed too often.
+    /// over, while a guest is to answer a report of an error, when something is to be published that guests may not have
+    /// published at once, and when nodes are to be looked at that changed too often.
     pub fn next_deadline(&self) -> Option<Nanos> {
         [self.retry, self.due, self.publish_due, self.look_due()].into_iter().flatten().min()
     }
@@ -477,8 +522,10 @@ impl<P: Platform> Backend<P> {
                 return;
             }
         }
-        if let Err(error) = self.platform.store().watch(RETRY.0, RETRY.1) {
-            log::warn!("cannot watch {}: {error}", RETRY.0);
+        for (node, token) in [RETRY, ERROR] {
+            if let Err(error) = self.platform.store().watch(node, token) {
+                log::warn!("cannot watch {node}: {error}");
+            }
         }
     }
 
@@ -545,6 +592,7 @@ fn description<C: ConfigSpace>(device: &Device<C>, first: bool) -> Vec<(&'static
     }
     nodes.push(("interrupts", Some(interrupts(device))));
     nodes.push(("msix", Some(msix(device))));
+    nodes.extend(device.report().map(|report| ("aer", Some(report.to_string()))));
     let (frontend, reason) = match &device.state {
         State::Ready | State::Resetting => (None, None),
         State::InUse(guest) => (Some(guest.to_string()), None),
@@ -630,5 +678,5 @@ fn gone(why: Down) -> alloc::borrow::Cow<'static, str> {
 
 /// Whether a node of a backend folder is one that the toolstack changes; the others are our own.
 fn is_toolstacks(node: &str) -> bool {
-    !["vdev-", "root", "error"].iter().any(|own| node.starts_with(own))
+    !["vdev-", "root", "error", "aerState"].iter().any(|own| node.starts_with(own))
 }

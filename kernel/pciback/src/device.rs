@@ -6,7 +6,9 @@
 
 use alloc::format;
 use alloc::string::{String, ToString};
+use core::fmt;
 
+use crate::aer::{End, Severity};
 use crate::cmdline::DeviceConfig;
 use crate::config::registers::{command, power};
 use crate::config::{GuestView, VirtualConfig};
@@ -95,6 +97,38 @@ impl State {
     }
 }
 
+/// The last error that dom0 reported of a function, and what became of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    severity: Severity,
+    fate: Fate,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Fate {
+    /// The guest's driver is being told.
+    Recovering,
+    /// It goes on with the function.
+    Recovered,
+    /// It does not, for this reason, and the function was taken from it.
+    Failed(String),
+    /// There was no driver to tell, for this reason, and the function was reset.
+    Reset(&'static str),
+}
+
+/// As a node's text.
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: ", self.severity.word())?;
+        match &self.fate {
+            Fate::Recovering => f.write_str("recovering"),
+            Fate::Recovered => f.write_str("recovered"),
+            Fate::Failed(why) => write!(f, "failed: {why}"),
+            Fate::Reset(why) => write!(f, "reset: {why}"),
+        }
+    }
+}
+
 /// What Xen answered when it was asked whether this domain may act on a function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
@@ -123,6 +157,7 @@ pub struct Device<C> {
     untouched: bool,
     /// How often Xen's MSI-X state was stale and has been reset.
     stale: u32,
+    report: Option<Report>,
 }
 
 /// The configuration space of the function that the command line means, or why it is not to be had.
@@ -159,6 +194,7 @@ impl<C: ConfigSpace> Device<C> {
             handover: None,
             untouched: false,
             stale: 0,
+            report: None,
         };
         device.recognise();
         device
@@ -517,6 +553,138 @@ impl<C: ConfigSpace> Device<C> {
         }
     }
 
+    /// The last error that dom0 reported, and what became of it.
+    pub fn report(&self) -> Option<&Report> {
+        self.report.as_ref()
+    }
+
+    /// Whether the function was taken from its guest because of an error that the guest did not cope with, and is still
+    /// on the guest's bus.
+    pub fn is_held(&self) -> bool {
+        let failed = self.report.as_ref().is_some_and(|report| matches!(report.fate, Fate::Failed(_)));
+        failed && self.owner.is_some() && matches!(self.state, State::Broken(_))
+    }
+
+    /// dom0 reports an error of the function, without a `severity` if it does not say how bad. What a reset of the link
+    /// took from a function in use is put back. Returns the guest to be told, and of what; an error that is no worse than
+    /// one it is being told of goes with that.
+    pub fn error_reported<P: Physdev>(
+        &mut self,
+        severity: Option<Severity>,
+        physdev: &mut P,
+        now: Nanos,
+    ) -> Option<(DomId, Severity)> {
+        let found = self.damage();
+        let severity = severity.unwrap_or(found);
+        let sbdf = self.entry.sbdf;
+        log::warn!("{sbdf}: dom0 reports a {} error", severity.word());
+        let fate = match self.state {
+            State::InUse(guest) => {
+                let report = Report { severity, fate: Fate::Recovering };
+                let known = self
+                    .report
+                    .as_ref()
+                    .is_some_and(|known| known.fate == Fate::Recovering && known.severity >= severity);
+                if !known {
+                    self.report = Some(report);
+                }
+                if found == Severity::Fatal
+                    && let Err(why) = self.mend(physdev)
+                {
+                    self.hold(why, physdev);
+                    return None;
+                }
+                return (!known).then_some((guest, severity));
+            }
+            State::Ready => {
+                self.begin(physdev, now);
+                Fate::Reset("no guest has it")
+            }
+            State::Resetting => Fate::Reset("it is between guests"),
+            State::Broken(ref why) => Fate::Failed(why.clone()),
+        };
+        self.report = Some(Report { severity, fate });
+        None
+    }
+
+    /// How bad an error looks in the function's registers.
+    fn damage(&self) -> Severity {
+        let Some(Function { hardware, config, control, .. }) = self.function.as_ref() else {
+            return Severity::Permanent;
+        };
+        if config.identity().check(hardware).is_err() {
+            Severity::Permanent
+        } else if control.as_ref().is_some_and(|control| !control.image.is_in_place(hardware)) {
+            Severity::Fatal
+        } else {
+            Severity::NonFatal
+        }
+    }
+
+    /// Puts back what a reset by somebody else took from a function in use, and has Xen do the same with its vectors.
+    fn mend<P: Physdev>(&mut self, physdev: &mut P) -> Result<(), String> {
+        if self.is_stalled(physdev) {
+            return Err(UNREACHABLE.to_string());
+        }
+        let sbdf = self.entry.sbdf;
+        let Some(Function { hardware, config, interrupts, control: Some(control), .. }) = self.function.as_mut() else {
+            return Ok(());
+        };
+        control.image.restore(hardware, sbdf)?;
+        config.was_reset();
+        if interrupts.is_mapped()
+            && let Err(error) = physdev.restore_msi(sbdf)
+        {
+            log::warn!("{sbdf}: its interrupts are lost: restore_msi_ext answered {error} after a reset of its link");
+        }
+        Ok(())
+    }
+
+    /// The recovery that the guest was told of has ended. True if it has failed: the function is held then.
+    pub fn recovery_ended<P: Physdev>(&mut self, end: End, physdev: &mut P) -> bool {
+        let sbdf = self.entry.sbdf;
+        match end {
+            End::Recovered => {
+                log::info!("{sbdf}: its guest's driver has recovered it");
+                if let Some(report) = &mut self.report {
+                    report.fate = Fate::Recovered;
+                }
+                false
+            }
+            End::Failed(why) => {
+                self.hold(why.to_string(), physdev);
+                true
+            }
+        }
+    }
+
+    /// The function's driver could not be told of it: nobody uses the function, and a hand-over to the same guest puts
+    /// all in order.
+    pub fn recover_unused<P: Physdev>(&mut self, physdev: &mut P, now: Nanos) {
+        self.restart(physdev, now);
+        if let Some(report) = &mut self.report {
+            report.fate = Fate::Reset("its guest is not connected");
+        }
+    }
+
+    /// Takes the function out of the guest's reach, without taking it off its bus: it does no more DMA, sends no
+    /// interrupts, and answers nothing, until it is detached or its guest connects anew. Both reset it.
+    fn hold<P: Physdev>(&mut self, why: String, physdev: &mut P) {
+        let sbdf = self.entry.sbdf;
+        if let Some(Function { hardware, config, interrupts, waking, .. }) = self.function.as_mut() {
+            *waking = None;
+            config.detach(hardware);
+            interrupts.disable(&mut Means { hardware, physdev, sbdf, line: false });
+        }
+        let severity = self.report.as_ref().map_or("", |report| report.severity.word());
+        let reason = format!("after a {severity} error {why}; detach it, which resets it");
+        log::error!("{sbdf}: broken: {reason}");
+        self.state = State::Broken(reason);
+        if let Some(report) = &mut self.report {
+            report.fate = Fate::Failed(why);
+        }
+    }
+
     /// Does what is due of a hand-over. True if the state has changed.
     pub fn advance<P: Physdev>(&mut self, physdev: &mut P, now: Nanos) -> bool {
         let Some(mut handover) = self.handover else {
@@ -608,6 +776,9 @@ impl<C: ConfigSpace> Device<C> {
     }
 
     fn begin<P: Physdev>(&mut self, physdev: &mut P, now: Nanos) {
+        if let Some(report) = self.report.as_mut().filter(|report| report.fate == Fate::Recovering) {
+            report.fate = Fate::Reset("its guest has let it go");
+        }
         if let Some(function) = self.function.as_mut() {
             function.waking = None;
         }

@@ -11,6 +11,7 @@ use alloc::string::{String, ToString};
 use alloc::vec;
 use alloc::vec::Vec;
 
+use crate::aer::{Reports, Severity};
 use crate::config::{GuestView, Resource};
 use crate::device::{Device, State};
 use crate::nodes::{self, Link, XenbusState, decimal};
@@ -115,6 +116,10 @@ pub struct Frontend<P: Platform> {
     pace: Pace,
     /// When to look at its nodes, because it has changed them too often.
     postponed: Option<Nanos>,
+    /// Errors that the guest is being told of over this connection.
+    reports: Reports,
+    /// The node that says that it did not cope with one stands.
+    marked: bool,
     /// Room for the MSI-X entries of one request.
     entries: Box<MsixEntries>,
 }
@@ -134,6 +139,8 @@ impl<P: Platform> Frontend<P> {
             throttle: Throttle::default(),
             pace: Pace::default(),
             postponed: None,
+            reports: Reports::default(),
+            marked: false,
             entries: Box::new([MsixEntry::default(); MAX_VECTORS]),
         }
     }
@@ -169,12 +176,68 @@ impl<P: Platform> Frontend<P> {
         self.postponed
     }
 
+    /// Whether this guest has the function.
+    pub fn has(&self, device: DeviceIndex) -> bool {
+        self.topology.place_of(device).is_some()
+    }
+
+    /// When [`Frontend::go_on`] is to be called without an event.
+    pub fn due(&self) -> Option<Nanos> {
+        self.reports.due()
+    }
+
+    /// dom0 reports an error of a function that this guest has.
+    pub fn report_error(&mut self, cx: &mut Context<'_, P>, index: DeviceIndex, severity: Severity) {
+        if self.connection.is_some() {
+            self.reports.take_up(index, severity);
+            self.go_on(cx);
+        } else if let Some(device) = cx.devices.get_mut(index) {
+            let now = cx.platform.now();
+            device.recover_unused(cx.platform.physdev(), now);
+        }
+    }
+
+    /// Goes on with the recovery of functions. True if one has ended.
+    pub fn go_on(&mut self, cx: &mut Context<'_, P>) -> bool {
+        let mut any = false;
+        while let Some(Connection { page, channel, .. }) = &self.connection
+            && let Some((index, end)) =
+                self.reports.advance(page, &self.topology, cx.platform.now(), || channel.notify())
+        {
+            any = true;
+            let Some(device) = cx.devices.get_mut(index) else { continue };
+            if device.recovery_ended(end, cx.platform.physdev()) {
+                self.mark(cx, true);
+            }
+        }
+        any
+    }
+
+    /// Writes, or removes, the node by which Linux's xen-pciback says that a guest did not cope with an error.
+    fn mark(&mut self, cx: &mut Context<'_, P>, failed: bool) {
+        if core::mem::replace(&mut self.marked, failed) == failed {
+            return;
+        }
+        let path = self.link.back("aerState");
+        // Only for people and tools that look for it: what counts is the function's own state.
+        let _ = self.change(cx, |store, tx| {
+            if failed { store.write(Some(tx), &path, "aerfail") } else { store.remove(Some(tx), &path) }
+        });
+    }
+
+    /// Functions have left the guest, or come to it afresh.
+    fn refresh_mark(&mut self, cx: &mut Context<'_, P>) {
+        if !self.topology.entries().any(|(_, index)| cx.devices.get(index).is_some_and(Device::is_held)) {
+            self.mark(cx, false);
+        }
+    }
+
     /// Serves the requests in the shared page, a bounded number of them. True if the interrupts of a function
-    /// were changed.
+    /// were changed, or the recovery of one has ended.
     pub fn serve(&mut self, cx: &mut Context<'_, P>) -> bool {
         self.more = false;
         self.held = None;
-        let mut changed = false;
+        let mut changed = !self.reports.is_idle() && self.go_on(cx);
         let mut left = REQUESTS_A_TURN;
         while let Some(connection) = &self.connection {
             if connection.page.flags() & PCIF_ACTIVE == 0 {
@@ -669,6 +732,7 @@ impl<P: Platform> Frontend<P> {
             return;
         }
         self.topology.remove(index);
+        self.reports.forget(index);
         let now = cx.platform.now();
         if let Some(device) = cx.devices.get_mut(index) {
             device.detach(cx.platform.physdev(), now);
@@ -681,11 +745,13 @@ impl<P: Platform> Frontend<P> {
             );
         }
         self.refresh_multifunction(cx);
+        self.refresh_mark(cx);
     }
 
     /// Ends the connection and gives every function back.
     pub fn release_all(&mut self, cx: &mut Context<'_, P>) {
         self.connection = None;
+        self.reports = Reports::default();
         let exported: Vec<DeviceIndex> = self.topology.entries().map(|(_, device)| device).collect();
         for device in exported {
             self.release(cx, device);
@@ -746,6 +812,7 @@ impl<P: Platform> Frontend<P> {
             return;
         }
         self.more = false;
+        self.reports = Reports::default();
         if let Some(dropped) = self.throttle.allow(cx.platform.now()) {
             log::info!("domain {}: disconnected{}", self.link.frontend, Suppressed(dropped));
         }
@@ -756,6 +823,7 @@ impl<P: Platform> Frontend<P> {
             }
         }
         self.refresh_multifunction(cx);
+        self.refresh_mark(cx);
     }
 
     /// Tells a connected frontend that the backend goes away.

@@ -215,7 +215,7 @@ impl Image {
     ///
     /// # Errors
     /// A sentence, if a register without which the function can't be used does not take its value.
-    fn restore<C: ConfigSpace>(&self, hardware: &mut C, sbdf: Sbdf) -> Result<(), String> {
+    pub fn restore<C: ConfigSpace>(&self, hardware: &mut C, sbdf: Sbdf) -> Result<(), String> {
         for saved in &self.0 {
             let Saved { name, at, width, value, vital } = *saved;
             let mut read = hardware.read(at, width) & width.mask();

@@ -13,6 +13,7 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod aer;
 pub mod backend;
 pub mod cmdline;
 pub mod config;

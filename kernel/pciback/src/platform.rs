@@ -9,7 +9,7 @@ use core::fmt;
 use crate::delegate::Down;
 use crate::physdev::Physdev;
 use crate::sbdf::Sbdf;
-use crate::wire::{MsixEntry, RawReply, RawRequest};
+use crate::wire::{AerRequest, MsixEntry, RawReply, RawRequest};
 
 /// A Xen domain number.
 pub type DomId = u16;
@@ -135,6 +135,18 @@ pub trait SharedPage {
     /// Clears `_XEN_PCIF_active` with an atomic read-modify-write (release) and returns the flag
     /// word as it was before.
     fn clear_active(&self) -> u32;
+
+    /// Writes the fields of `aer_op`. Ordered before a following [`SharedPage::set_aer_active`].
+    fn aer_request(&self, request: &AerRequest);
+
+    /// Sets `_XEN_PCIB_active` with an atomic read-modify-write (release).
+    fn set_aer_active(&self);
+
+    /// Clears `_XEN_PCIB_active` in the same way: the request is taken back.
+    fn clear_aer_active(&self);
+
+    /// Reads `aer_op.err`, once: the frontend's result, after it has cleared `_XEN_PCIB_active`. Any number can be there.
+    fn aer_result(&self) -> i32;
 }
 
 /// A bound interdomain event channel. Dropping it closes the port.

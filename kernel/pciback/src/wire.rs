@@ -43,8 +43,16 @@ pub mod offset {
     pub const INFO: usize = 36;
     /// `op.msix_entries`, 128 of {u16 vector, u16 entry}.
     pub const MSIX_ENTRIES: usize = 40;
-    /// `aer_op`, five u32.
+    /// `aer_op`, five u32; its first, `aer_op.cmd`.
     pub const AER_OP: usize = 552;
+    /// `aer_op.err`, i32: the channel's state in a request, the result in the answer.
+    pub const AER_ERR: usize = 556;
+    /// `aer_op.domain`, u32.
+    pub const AER_DOMAIN: usize = 560;
+    /// `aer_op.bus`, u32.
+    pub const AER_BUS: usize = 564;
+    /// `aer_op.devfn`, u32.
+    pub const AER_DEVFN: usize = 568;
     /// Bytes of the whole structure.
     pub const END: usize = 572;
 }
@@ -107,8 +115,37 @@ pub mod op {
     pub const ENABLE_MSIX: u32 = 4;
     /// Turns off MSI-X.
     pub const DISABLE_MSIX: u32 = 5;
+    /// In `aer_op`: an error was detected.
+    #[doc(alias = "XEN_PCI_OP_aer_detected")]
+    pub const AER_DETECTED: u32 = 6;
+    /// In `aer_op`: the recovery has ended well.
+    #[doc(alias = "XEN_PCI_OP_aer_resume")]
+    pub const AER_RESUME: u32 = 7;
+    /// In `aer_op`: registers may be accessed again.
+    #[doc(alias = "XEN_PCI_OP_aer_mmio")]
+    pub const AER_MMIO: u32 = 8;
+    /// In `aer_op`: the function was reset.
+    #[doc(alias = "XEN_PCI_OP_aer_slotreset")]
+    pub const AER_SLOT_RESET: u32 = 9;
     /// Turns on MSI with several vectors; Linux's client does not have it.
     pub const ENABLE_MULTI_MSI: u32 = 10;
+}
+
+/// The backend's own request, about an error of a function: the fields of `aer_op`. The frontend writes its result
+/// over `state`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[doc(alias = "xen_pcie_aer_op")]
+pub struct AerRequest {
+    /// One of [`op::AER_DETECTED`] to [`op::AER_SLOT_RESET`].
+    pub cmd: u32,
+    /// The channel's state, Linux's `pci_channel_state_t`: 1 normal, 2 frozen, 3 failed for good.
+    pub state: u32,
+    /// Segment as the guest sees it.
+    pub domain: u32,
+    /// Bus as the guest sees it.
+    pub bus: u32,
+    /// Device << 3 | function, as the guest sees it.
+    pub devfn: u32,
 }
 
 /// The fields of a reply.

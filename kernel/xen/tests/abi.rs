@@ -130,6 +130,10 @@ fn expectations() -> Vec<(String, u64)> {
         ("op.info", wire::offset::INFO),
         ("op.msix_entries", wire::offset::MSIX_ENTRIES),
         ("aer_op", wire::offset::AER_OP),
+        ("aer_op.err", wire::offset::AER_ERR),
+        ("aer_op.domain", wire::offset::AER_DOMAIN),
+        ("aer_op.bus", wire::offset::AER_BUS),
+        ("aer_op.devfn", wire::offset::AER_DEVFN),
     ] {
         expect(&format!("offsetof({page}, {field})"), offset);
     }
@@ -169,6 +173,10 @@ fn expectations() -> Vec<(String, u64)> {
         ("MAP_PIRQ_TYPE_MULTI_MSI", 4),
         ("XEN_PCI_OP_enable_multi_msi", wire::op::ENABLE_MULTI_MSI as usize),
         ("XEN_PCI_OP_enable_msix", wire::op::ENABLE_MSIX as usize),
+        ("XEN_PCI_OP_aer_detected", wire::op::AER_DETECTED as usize),
+        ("XEN_PCI_OP_aer_resume", wire::op::AER_RESUME as usize),
+        ("XEN_PCI_OP_aer_mmio", wire::op::AER_MMIO as usize),
+        ("XEN_PCI_OP_aer_slotreset", wire::op::AER_SLOT_RESET as usize),
         ("__HYPERVISOR_physdev_op", xen_sys::__HYPERVISOR_physdev_op as usize),
         ("__HYPERVISOR_hvm_op", xen_sys::__HYPERVISOR_hvm_op as usize),
         ("EVTCHNOP_alloc_unbound", xen_sys::EVTCHNOP_alloc_unbound as usize),

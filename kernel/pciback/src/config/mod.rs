@@ -362,6 +362,13 @@ impl VirtualConfig {
         }
     }
 
+    /// The function was reset while the guest has it: what the guest wrote into the Command register is gone.
+    pub fn was_reset(&mut self) {
+        if let Some(guest) = &mut self.guest {
+            guest.command = 0;
+        }
+    }
+
     /// What the guest reads.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use pciback::physdev::Pirq;
 use pciback::platform::{Channel, DomId, Port, SharedPage};
-use pciback::wire::{MsixEntry, PCIF_ACTIVE, RawReply, RawRequest, op};
+use pciback::wire::{AerRequest, MsixEntry, PCIB_ACTIVE, PCIF_ACTIVE, RawReply, RawRequest, op};
 
 use super::xen::Stage;
 use super::{DRIVER, Rig, World};
@@ -21,6 +21,10 @@ pub struct Shared {
     pub entries: RefCell<Vec<MsixEntry>>,
     pub reply: Cell<Option<RawReply>>,
     pub request_reads: Cell<u32>,
+    /// `aer_op`, with what stands in its `err`.
+    pub aer: Cell<Option<AerRequest>>,
+    pub aer_err: Cell<i32>,
+    pub aer_reads: Cell<u32>,
     /// Called while the request is being executed: a hostile second vCPU.
     pub during: RefCell<Option<SecondVcpu>>,
     /// Called when the reply is complete: a guest that has the next request ready.
@@ -61,6 +65,20 @@ impl SharedPage for Page {
             after(&self.0);
         }
         before
+    }
+    fn aer_request(&self, request: &AerRequest) {
+        self.0.aer.set(Some(*request));
+        self.0.aer_err.set(request.state.cast_signed());
+    }
+    fn set_aer_active(&self) {
+        self.0.flags.set(self.0.flags.get() | PCIB_ACTIVE);
+    }
+    fn clear_aer_active(&self) {
+        self.0.flags.set(self.0.flags.get() & !PCIB_ACTIVE);
+    }
+    fn aer_result(&self) -> i32 {
+        self.0.aer_reads.set(self.0.aer_reads.get() + 1);
+        self.0.aer_err.get()
     }
 }
 
@@ -165,9 +183,32 @@ impl Guest {
         self.world.pending.borrow_mut().insert(port);
     }
 
+    /// What the backend asks about an error: operation and channel state, for virtual `devfn` of bus 0000:00.
+    pub fn asked(&self) -> Option<(u32, u32, u32)> {
+        let active = self.page.flags.get() & PCIB_ACTIVE != 0;
+        let AerRequest { cmd, state, domain, bus, devfn } = self.page.aer.get().filter(|_| active)?;
+        assert_eq!((domain, bus), (0, 0));
+        Some((cmd, state, devfn))
+    }
+
+    /// Answers that, as pcifront does, and rings.
+    pub fn answer(&self, rig: &mut Rig, result: i32) {
+        assert!(self.asked().is_some(), "nothing was asked");
+        self.page.aer_err.set(result);
+        self.page.flags.set(self.page.flags.get() & !PCIB_ACTIVE);
+        self.ring(rig);
+    }
+
+    /// An event to the backend.
+    pub fn ring(&self, rig: &mut Rig) {
+        let port = self.world.local.borrow()[&(self.id, self.ring.1)];
+        self.world.pending.borrow_mut().insert(port);
+        rig.deliver();
+    }
+
     /// The reply to what was posted.
     pub fn reply(&self) -> RawReply {
-        assert_eq!(self.page.flags.get(), 2, "active is cleared and the client's own bit is not");
+        assert_eq!(self.page.flags.get() & !PCIB_ACTIVE, 2, "active is cleared and the client's own bit is not");
         self.page.reply.take().expect("a reply")
     }
 

@@ -41,8 +41,9 @@ pub const OTHER: &str = "0000:02:00.0";
 pub const ONE: &str = "dev=0000:01:00.0";
 pub const TWO: &str = "dev=0000:01:00.0 dev=0000:02:00.0";
 
-/// Watches the backend holds while it has no frontend: on their folders, and on the wish to try a function again.
-pub const OWN_WATCHES: usize = 2;
+/// Watches the backend holds while it has no frontend: on their folders, on the wish to try a function again, and on the
+/// report of an error.
+pub const OWN_WATCHES: usize = 3;
 
 /// All there is.
 pub struct World {
@@ -155,6 +156,13 @@ impl World {
     /// dom0 asks to try a function again.
     pub fn retry(&self, sbdf: &str) {
         self.set("data/pciback/retry", &sbdf.replace([':', '.'], "-"));
+    }
+}
+
+impl World {
+    /// dom0 reports an error of a function, this bad.
+    pub fn report_error(&self, sbdf: &str, severity: &str) {
+        self.set("data/pciback/aer", &format!("{} {severity}", sbdf.replace([':', '.'], "-")));
     }
 }
 
