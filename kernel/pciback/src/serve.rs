@@ -182,7 +182,7 @@ fn access<C: ConfigSpace>(
     match config.write(hardware, request.offset, request.size, request.value & mask) {
         Ok(written) => {
             let notice = match written {
-                Written::Done => config.take_woken().map(|command| Notice::Woken(index, command)),
+                Written::Done => None,
                 Written::Dropped { first } => first.then_some(Notice::Dropped(index)),
                 Written::Denied { first } if hardware.writable() => first.then_some(Notice::Denied(index)),
                 // Once for each time that it comes to this: `first` is for the guest's whole use.
@@ -194,7 +194,9 @@ fn access<C: ConfigSpace>(
             if written != Written::Done {
                 counters.refused_writes = counters.refused_writes.saturating_add(1);
             }
-            (written.answer().map(|()| request.value), notice)
+            // Also where another register of the same write was refused: the function is on its way.
+            let woken = config.take_woken().map(|command| Notice::Woken(index, command));
+            (written.answer().map(|()| request.value), woken.or(notice))
         }
         Err(error) => {
             counters.refused_writes = counters.refused_writes.saturating_add(1);

@@ -173,3 +173,16 @@ fn power_state_and_data_selector_follow_and_a_wake_event_is_cleared_by_its_1_onl
     assert_eq!(guest.write(&mut rig, 0, at::PMCSR.into(), 2, 0x8000), 0);
     assert_eq!(card.word(at::PMCSR) & 0x9e00, 0);
 }
+
+/// The write that wakes it may be wider than the register, and be refused for the rest. (Found by the hostile guest of
+/// fuzz.rs.)
+#[test]
+fn a_wide_write_wakes_as_a_narrow_one_does() {
+    let (mut rig, guest) = started(Card { power: Some(false), ..Card::PLAIN });
+    assert_eq!(guest.write(&mut rig, 0, at::PMCSR.into(), 2, 3), 0);
+    assert_eq!(guest.write(&mut rig, 0, at::PMCSR.into(), 4, 0x5a5a_0000), 0);
+    rig.settle();
+    assert_eq!(rig.hardware(NIC).word(at::PMCSR) & 3, 0);
+    assert_eq!(u32::from(rig.hardware(NIC).word(0x12)), BAR0 >> 16);
+    assert_ne!(rig.hardware(NIC).word(at::COMMAND) & MEMORY, 0);
+}

@@ -21,6 +21,7 @@ cargo xtask COMMAND [OPTIONS]      (each command has --help)
   demo     show it at work: a driver domain hands an NVMe drive to a guest
   bench    measure it beside Linux's xen-pciback; writes docs/bench.md
   compare  run the same scenarios with it and with Linux's xen-pciback; writes docs/compare.md
+  fuzz     a hostile guest for as long as you like, in the model
   test     everything: format, lints, unit tests, the ELF gate, the rig on both releases
 ";
 
@@ -64,6 +65,17 @@ cargo xtask compare [--release bookworm|trixie]
 Runs the same scenarios with the driver domain and with Linux's xen-pciback, in one boot of Xen with the config-owner change,
 and writes what came of each to docs/compare.md.
 ";
+const HELP_FUZZ: &str = "\
+cargo xtask fuzz [--seed N] [--runs N] [--ops N] [--delegated]
+
+Plays guests that do what they like against the backend in its model (kernel/pciback/tests/fuzz.rs): more of what the
+test plays a million operations of. Says each seed that went well; a failure prints what led to it.
+
+  --seed       the first (default: 1000; the test plays 0 to 7)
+  --runs       how many seeds (default: 100)
+  --ops        operations of each (default: 1000000)
+  --delegated  with writes by dom0
+";
 const HELP_TEST: &str = "\
 cargo xtask test [--long]
 
@@ -92,6 +104,10 @@ struct Words {
     list: bool,
     shell: bool,
     long: bool,
+    seed: Option<u64>,
+    runs: Option<u64>,
+    ops: Option<u64>,
+    delegated: bool,
     scenarios: Vec<String>,
 }
 
@@ -120,6 +136,7 @@ fn command() -> Result<ExitCode> {
         "demo" => HELP_DEMO,
         "bench" => HELP_BENCH,
         "compare" => HELP_COMPARE,
+        "fuzz" => HELP_FUZZ,
         "test" => HELP_TEST,
         _ => return Err(fail!("unknown command {name}\n\n{HELP}")),
     };
@@ -142,6 +159,10 @@ fn command() -> Result<ExitCode> {
             ("rig", Long("list")) => words.list = true,
             ("rig", Long("shell")) => words.shell = true,
             ("rig", Value(scenario)) => words.scenarios.push(scenario.string()?),
+            ("fuzz", Long("seed")) => words.seed = Some(parser.value()?.parse()?),
+            ("fuzz", Long("runs")) => words.runs = Some(parser.value()?.parse()?),
+            ("fuzz", Long("ops")) => words.ops = Some(parser.value()?.parse()?),
+            ("fuzz", Long("delegated")) => words.delegated = true,
             ("test", Long("long")) => words.long = true,
             (_, other) => return Err(other.unexpected().into()),
         }
@@ -150,6 +171,7 @@ fn command() -> Result<ExitCode> {
         "image" => image(),
         "rig" => rig_command(&words),
         "xen" => xen_command(&words),
+        "fuzz" => fuzz(&words),
         "test" => test(words.long),
         "demo" => shown("demo", rig::demo::run),
         "compare" => {
@@ -161,6 +183,20 @@ fn command() -> Result<ExitCode> {
             shown("bench", |built| rig::bench::run(built, release, words.boot()))
         }
     }
+}
+
+/// The test's game with other numbers.
+fn fuzz(words: &Words) -> Result<ExitCode> {
+    let mut game = cargo();
+    game.args(["test", "--quiet", "-p", "pciback", "--test", "fuzz", "--", "--nocapture"])
+        .env("PCIBACK_FUZZ_SEED", words.seed.unwrap_or(1000).to_string())
+        .env("PCIBACK_FUZZ_RUNS", words.runs.unwrap_or(100).to_string())
+        .env("PCIBACK_FUZZ_OPS", words.ops.unwrap_or(1_000_000).to_string());
+    if words.delegated {
+        game.env("PCIBACK_DELEGATED", "1");
+    }
+    run_shown(&mut game)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn image() -> Result<ExitCode> {

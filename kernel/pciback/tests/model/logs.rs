@@ -35,3 +35,8 @@ pub fn listen() {
 pub fn heard() -> Vec<String> {
     LINES.with_borrow(|lines| lines.clone().expect("listen() comes first"))
 }
+
+/// How many lines that is.
+pub fn count() -> usize {
+    LINES.with_borrow(|lines| lines.as_ref().expect("listen() comes first").len())
+}
