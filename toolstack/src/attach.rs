@@ -117,7 +117,15 @@ pub fn attach(host: &Host<'_>, guest: &str, sbdf: Sbdf, options: &Options) -> Ou
     check_owner(host, &link, &guest, sbdf)?;
 
     let others = rights::others(host, guest.domid, sbdf);
-    for stranger in rights::strangers(host, &function, &others) {
+    let strangers = rights::strangers(host, &function, &others);
+    for stranger in strangers.line {
+        eprintln!(
+            "xl-pciback: warning: {sbdf}: its interrupt line (GSI {}) is also {stranger}'s in dom0: whoever holds the line \
+             down stops the other (XSA-461); drivers that use MSI or MSI-X are not affected",
+            function.irq
+        );
+    }
+    for stranger in strangers.frames {
         eprintln!(
             "xl-pciback: warning: {sbdf}: its registers share a 4 KiB page with {stranger}, which the guest can \
              therefore reach too (XSA-461)"

@@ -116,18 +116,35 @@ pub fn holder(host: &Host<'_>, sbdf: Sbdf) -> Option<u32> {
     (host.xen.is_free(sbdf) != Ok(true)).then_some(recorded)
 }
 
-/// Functions outside the guest whose registers lie in a frame that the guest gets (XSA-461).
-pub fn strangers(host: &Host<'_>, function: &Function, own: &[Function]) -> Vec<Sbdf> {
+/// Functions outside the guest that are not apart from the one it gets (XSA-461).
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Strangers {
+    /// Registers of theirs lie in a frame that the guest gets.
+    pub frames: Vec<Sbdf>,
+    /// They have the same interrupt line.
+    pub line: Vec<Sbdf>,
+}
+
+/// Looks for them among the host's functions.
+pub fn strangers(host: &Host<'_>, function: &Function, own: &[Function]) -> Strangers {
     let frames: Vec<Range> = ranges(function).into_iter().filter(|range| range.space == Space::Frames).collect();
+    let mut found = Strangers::default();
     let candidates = host.sysfs.functions().into_iter();
-    candidates
+    let others = candidates
         .filter(|sbdf| *sbdf != function.sbdf && !own.iter().any(|other| other.sbdf == *sbdf))
         .filter_map(|sbdf| host.sysfs.function(sbdf).ok())
         // What a bridge forwards contains the BARs behind it; it has no registers there.
-        .filter(|other| other.header_type == 0)
-        .filter(|other| ranges(other).iter().any(|theirs| frames.iter().any(|frame| frame.overlaps(theirs))))
-        .map(|other| other.sbdf)
-        .collect()
+        .filter(|other| other.header_type == 0);
+    for other in others {
+        if ranges(&other).iter().any(|theirs| frames.iter().any(|frame| frame.overlaps(theirs))) {
+            found.frames.push(other.sbdf);
+        }
+        // One that nobody uses asks for no interrupt.
+        if other.driver.is_some() && shares_irq(function, std::slice::from_ref(&other)) {
+            found.line.push(other.sbdf);
+        }
+    }
+    found
 }
 
 #[cfg(test)]

@@ -910,7 +910,57 @@ fn registers_of_a_stranger_in_the_same_frame_are_noticed() {
         let function = host.sysfs.function(NIC.parse().unwrap()).unwrap();
         crate::rights::strangers(host, &function, &[])
     });
-    assert_eq!(strangers, ["0000:00:05.0".parse().unwrap()]);
+    assert_eq!(strangers.frames, ["0000:00:05.0".parse().unwrap()]);
+    assert_eq!(strangers.line, [], "nobody uses it");
+}
+
+#[test]
+fn xsa_461_a_line_that_a_stranger_shares_is_told() {
+    let fake = Fake::new("line");
+    let resource = "0x00000000f0000000 0x00000000f0000fff 0x0000000000040200\n";
+    for (sbdf, irq, driver) in
+        [("0000:00:05.0", "21", true), ("0000:00:06.0", "22", true), ("0000:00:07.0", "21", false)]
+    {
+        fake.add_function(sbdf, resource);
+        let folder = fake.root.join(format!("sys/bus/pci/devices/{sbdf}"));
+        fs::write(folder.join("irq"), irq).unwrap();
+        if driver {
+            std::os::unix::fs::symlink("/sys/bus/pci/drivers/nvme", folder.join("driver")).unwrap();
+        }
+    }
+    let strangers = |own: &[Sbdf]| {
+        fake.with(|host| {
+            let function = |sbdf: Sbdf| host.sysfs.function(sbdf).unwrap();
+            let own: Vec<_> = own.iter().map(|sbdf| function(*sbdf)).collect();
+            crate::rights::strangers(host, &function(NIC.parse().unwrap()), &own)
+        })
+    };
+    let neighbour = "0000:00:05.0".parse().unwrap();
+    assert_eq!(strangers(&[]).line, [neighbour]);
+    assert_eq!(strangers(&[neighbour]).line, [], "one of the guest's own");
+}
+
+/// XSA-476: libxl took back the right to the lower 32 bits of an address, and left the guest the one it had.
+#[test]
+fn xsa_476_the_right_to_an_address_above_4_gib_is_taken_back_whole() {
+    let fake = Fake::new("xsa476");
+    fake.attach().unwrap();
+    let given: Vec<String> = fake.rights().into_keys().filter(|right| right.contains("380000")).collect();
+    assert!(!given.is_empty(), "frames above 4 GiB: {:?}", fake.rights());
+    fake.detach(false).unwrap();
+    assert_eq!(fake.rights(), BTreeMap::new());
+}
+
+/// XSA-449: with a phantom function that could not be assigned the function itself was handed on all the same.
+#[test]
+fn xsa_449_an_assignment_that_xen_refuses_gives_the_guest_nothing() {
+    let fake = Fake::new("xsa449");
+    fake.refuses_assignment.set(Some(16));
+    let failure = fake.attach().unwrap_err();
+    assert!(failure.what.contains(NIC), "{failure:?}");
+    assert_eq!(fake.rights(), BTreeMap::new());
+    let base = "/local/domain/2/backend/pci/3/0";
+    assert!(!fake.nodes.borrow().keys().any(|path| path.starts_with(base)), "{:?}", fake.nodes.borrow());
 }
 
 /// As xl's `BB:DD.*`, of which libxl attaches the highest function only.
