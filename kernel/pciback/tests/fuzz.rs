@@ -233,7 +233,8 @@ impl Game {
 
     fn step(&mut self) {
         match self.random.below(100) {
-            0..=79 => self.ask(),
+            0..=78 => self.ask(),
+            79 => self.error(),
             80..=83 => {
                 let flags = self.random.word();
                 self.hostile.page.flags.set(flags);
@@ -287,6 +288,35 @@ impl Game {
         self.rig.pass(1_100 * MS);
         let held = self.connected() && page.flags.get() & PCIF_ACTIVE != 0;
         assert!(!held, "a request without an answer");
+    }
+
+    /// dom0 reports an error of one of its functions, and it answers as it likes, or not at all.
+    fn error(&mut self) {
+        let (sbdf, severity) =
+            (self.random.pick(&PREY).0, self.random.pick(&["nonfatal", "nonfatal", "fatal", "auto", "permanent"]));
+        let severity = if self.random.one_in(4) { severity } else { "nonfatal" };
+        self.tell(|| format!("{severity} error of {sbdf}"));
+        let mut reads = self.hostile.page.aer_reads.get();
+        self.rig.world.report_error(sbdf, severity);
+        self.rig.deliver();
+        for _ in 0..self.random.below(6) {
+            let page = &self.hostile.page;
+            assert!(page.aer_reads.get() <= reads + 1, "an answer is read once");
+            reads = page.aer_reads.get();
+            page.aer_err.set(if self.random.one_in(8) {
+                self.random.word().cast_signed()
+            } else {
+                self.random.pick(&[2, 3, 5, 5])
+            });
+            if !self.random.one_in(8) {
+                page.flags.set(page.flags.get() & !PCIB_ACTIVE);
+            }
+            self.ring(&self.hostile);
+            self.rig.deliver();
+        }
+        if self.random.one_in(8) {
+            self.rig.pass(301_000 * MS);
+        }
     }
 
     fn scribble(&mut self) {
