@@ -50,6 +50,8 @@ pub struct Row {
     pub interrupts: Option<String>,
     /// What the checks of its MSI-X state found.
     pub msix: Option<String>,
+    /// The last error that was reported of it, and what came of it.
+    pub aer: Option<String>,
     /// Whether dom0's service takes part: `connected`, `not connected` or `not needed`.
     pub serve: Option<String>,
     /// What guests have asked of it, if that was asked for and told.
@@ -91,6 +93,7 @@ pub fn rows(host: &Host<'_>) -> Outcome<Vec<Row>> {
                 reset: read("reset"),
                 interrupts: read("interrupts"),
                 msix: read("msix"),
+                aer: read("aer"),
                 serve: serve.clone(),
                 counters: None,
             });
@@ -238,6 +241,7 @@ pub fn details(rows: &[Row]) -> String {
             ("interrupts", row.interrupts.clone()),
             ("MSI-X", row.msix.clone()),
             ("reset", row.reset.clone()),
+            ("last error", row.aer.clone()),
             ("counters", Some(counted(row))),
             ("driver domain", Some(format!("{} ({}), mode {}", row.driver.1, row.driver.0, row.mode))),
             ("mode because", Some(row.mode_why.clone()).filter(|why| !why.is_empty())),
@@ -254,7 +258,7 @@ pub fn details(rows: &[Row]) -> String {
 }
 
 /// As JSON: an array of objects with the keys `driver_domid`, `driver`, `mode`, `mode_why`, `function`, `id`,
-/// `state`, `reason`, `guest_domid`, `guest`, `promised_to`, `guest_address`, `reset`, `interrupts`, `msix`, `reads`,
+/// `state`, `reason`, `guest_domid`, `guest`, `promised_to`, `guest_address`, `reset`, `interrupts`, `msix`, `aer`, `reads`,
 /// `writes`, `refused`, `errors`, `serve`; what does not apply, or is not known, is null.
 pub fn json(rows: &[Row]) -> Value {
     rows.iter()
@@ -275,6 +279,7 @@ pub fn json(rows: &[Row]) -> Value {
                 "reset": row.reset,
                 "interrupts": row.interrupts,
                 "msix": row.msix,
+                "aer": row.aer,
                 "reads": row.counters.map(|all| all.reads),
                 "writes": row.counters.map(|all| all.writes),
                 "refused": row.counters.map(|all| all.refused_writes),

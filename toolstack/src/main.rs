@@ -4,6 +4,7 @@
 //! remedy. Hypercalls and xenstore go through Xen's own libraries (`xen`), facts about domains come
 //! from `xl` (`domains`), facts about devices from sysfs (`sysfs`).
 
+mod aer;
 mod assignable;
 mod attach;
 mod check;
@@ -50,6 +51,7 @@ Commands:
   attach GUEST BDF           give a function to a running or paused guest
                              [--driver NAME] [--permissive] [--seize]
   detach GUEST BDF           take it away again   [--driver NAME] [--timeout SECONDS] [--force]
+  aer BDF [SEVERITY]         report an error of a function to the guest that has it   [--timeout SECONDS]
   serve                      carry out what driver domains may not do themselves, and attach what is promised
   list                       show driver domains, functions and guests   [--json]
   status [BDF...]            show how functions stand, and count what guests do with them   [--json]
@@ -116,6 +118,23 @@ them away even if the guest does not answer, or cannot be told because the drive
 Interrupted (Ctrl-C) while it waits, the guest keeps the function.
 "
         }
+        "aer" => {
+            "\
+Usage: xl-pciback aer [--timeout SECONDS] BDF [auto|nonfatal|fatal|permanent]
+Tells a function's driver domain that the bus has reported an error of it, as dom0's kernel tells drivers of its own, and
+waits for what comes of it. serve does the same when dom0's kernel reports an error; this is for scripts, and for a
+look at how a guest copes. What a reset of the link has taken from the function is put back first. Then the guest's
+driver is called: error detected, and by its answer registers accessible, slot reset, resume.
+  auto             (default) look how bad it is: fatal if the function has lost its addresses, permanent if it does not
+                   answer, else nonfatal
+  nonfatal         the link works
+  fatal            the link did not work, and was reset
+  permanent        the function is lost: its driver is told, and it is taken from the guest
+A function that its guest's driver does not recover is held: broken, without DMA and interrupts, until it is detached
+(xl-pciback detach), which resets it. A function that no guest uses is reset. Exit code 1 if it was not recovered.
+  --timeout SECONDS  how long to wait for the guest (1230); the driver domain itself waits 300 seconds for each step
+"
+        }
         "serve" => {
             "\
 Usage: xl-pciback serve [--foreground]
@@ -135,6 +154,7 @@ Shows every function of every driver domain.
                    id (vvvv:dddd), state (unknown, resetting, ready, in-use, broken), reason (why it is broken),
                    guest_domid (number) and guest (name) that have it, promised_to (the only guest that may
                    have it), guest_address (SSSS:BB:DD.FF), reset, interrupts, msix, serve (see status),
+                   aer (the last error that was reported, and what came of it),
                    reads, writes, refused, errors (numbers, told to status only).
                    What does not apply, or is not known, is null.
 "
@@ -185,6 +205,7 @@ fn options(command: &str) -> &'static [&'static str] {
         "config" => &["guest", "name", "kernel", "permissive", "mode", "topology"],
         "attach" => &["driver", "permissive", "seize"],
         "detach" => &["driver", "timeout", "force"],
+        "aer" => &["timeout"],
         "list" | "status" => &["json"],
         "serve" => &["foreground"],
         _ => &[],
@@ -252,6 +273,18 @@ fn guest_and_addresses<'a>(sysfs: &Sysfs, words: &'a [String]) -> Outcome<(&'a s
     match words {
         [guest, word] => Ok((guest, sysfs.named(word)?)),
         _ => Err(Failure::usage("this command wants GUEST BDF")),
+    }
+}
+
+fn one(word: &str) -> Outcome<Sbdf> {
+    word.parse().map_err(|bad| Failure::usage(format!("{word:?} is {bad}")))
+}
+
+fn address_and_severity(words: &[String]) -> Outcome<(Sbdf, &'static str)> {
+    match words {
+        [sbdf] => Ok((one(sbdf)?, aer::AUTO)),
+        [sbdf, word] => Ok((one(sbdf)?, aer::severity(word)?)),
+        _ => Err(Failure::usage("this command wants BDF and how bad the error is")),
     }
 }
 
@@ -340,6 +373,7 @@ fn run() -> Outcome<()> {
         Assignable,
         Attach(&'a str, Vec<Sbdf>),
         Detach(&'a str, Vec<Sbdf>),
+        Report(Sbdf, &'static str),
         List,
         Status(Vec<Sbdf>),
         Serve,
@@ -352,6 +386,7 @@ fn run() -> Outcome<()> {
         "detach" => guest_and_addresses(&sysfs, words).map(|(guest, functions)| Job::Detach(guest, functions))?,
         "status" if words.is_empty() => Job::Status(Vec::new()),
         "status" => Job::Status(addresses(&sysfs, words)?),
+        "aer" => address_and_severity(words).map(|(sbdf, severity)| Job::Report(sbdf, severity))?,
         "serve" => none(words).map(|()| Job::Serve)?,
         _ => none(words).map(|()| Job::List)?,
     };
@@ -380,6 +415,10 @@ fn run() -> Outcome<()> {
             let options = detach::Options { driver: line.driver, force: line.force, timeout };
             // The last first, so that function 0 is there as long as another is.
             each(functions.into_iter().rev().collect(), |sbdf| detach::detach(&host, guest, sbdf, &options))?;
+        }
+        Job::Report(sbdf, severity) => {
+            let timeout = line.timeout.map_or(aer::RECOVERY, Duration::from_secs);
+            println!("{}", aer::report(&host, sbdf, severity, timeout)?);
         }
         Job::Serve => serve::serve(&xen, &sysfs, serve::Options { libdir })?,
         Job::List => {

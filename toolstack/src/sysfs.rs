@@ -241,6 +241,13 @@ impl Sysfs {
         })
     }
 
+    /// Whether a function is the device `name`, or behind it.
+    pub fn is_behind(&self, sbdf: Sbdf, name: &str) -> bool {
+        // The link goes through every bridge on the way.
+        let way = fs::read_link(self.folder(sbdf)).unwrap_or_else(|_| self.folder(sbdf));
+        way.components().any(|part| part.as_os_str() == name)
+    }
+
     /// Whether the function was taken from dom0 and no driver has it.
     pub fn is_nobodys(&self, sbdf: Sbdf) -> bool {
         let folder = self.folder(sbdf);

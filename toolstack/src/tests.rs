@@ -15,7 +15,7 @@ use crate::domains::{Domains, Driver, Guest, XenInfo};
 use crate::error::{Failure, Outcome};
 use crate::sysfs::{NOBODY, Sysfs};
 use crate::xen::{Hypervisor, Store};
-use crate::{assignable, list};
+use crate::{aer, assignable, list};
 
 const NIC: &str = "0000:01:00.0";
 
@@ -25,6 +25,10 @@ const RETRY: &str = "/local/domain/2/data/pciback/retry";
 /// Where dom0 asks for counters, and where they are told.
 const REPORT: &str = "/local/domain/2/data/pciback/report";
 const COUNTERS: &str = "/local/domain/2/data/pciback/device/0000-01-00-0/counters";
+
+/// Where dom0 reports errors, and where it is told what became of the last.
+const AER: &str = "/local/domain/2/data/pciback/aer";
+const FATE: &str = "/local/domain/2/data/pciback/device/0000-01-00-0/aer";
 
 /// A host that records. Step number `fail_at` of hypercalls and writes fails.
 struct Fake {
@@ -47,6 +51,8 @@ struct Fake {
     refuses_assignment: Cell<Option<i32>>,
     /// Whether another try makes a broken function ready.
     mends: Cell<bool>,
+    /// What becomes of an error of the card that is reported; without it, the driver domain does not take reports up.
+    fate: RefCell<Option<String>>,
     /// What the driver domain has counted for the card; without it, it does not answer who asks.
     counters: RefCell<Option<String>>,
 }
@@ -90,6 +96,7 @@ impl Fake {
             refuse: Cell::new(false),
             refuses_assignment: Cell::new(None),
             mends: Cell::new(false),
+            fate: RefCell::default(),
             counters: RefCell::default(),
         };
         for (path, value) in [
@@ -191,6 +198,13 @@ impl Fake {
         {
             nodes.insert(state, "ready".into());
             nodes.insert(RETRY.into(), String::new());
+        }
+        if let Some(fate) = self.fate.borrow().clone()
+            && let Some(wish) = nodes.get(AER).cloned().filter(|wish| !wish.is_empty())
+        {
+            self.log.borrow_mut().push(format!("report {wish}"));
+            nodes.insert(FATE.into(), fate);
+            nodes.insert(AER.into(), String::new());
         }
         if let Some(counters) = self.counters.borrow().clone()
             && nodes.get(REPORT).is_some_and(|wish| wish == "1")
@@ -294,7 +308,7 @@ impl Store for Fake {
     }
     fn write(&self, _: u32, path: &str, value: &str) -> Result<(), i32> {
         // A wish is no step that has to be undone.
-        if path != RETRY {
+        if ![RETRY, AER].contains(&path) {
             self.try_step(format!("write {path}"))?;
         }
         self.set(path, value);
@@ -556,6 +570,55 @@ fn a_function_that_was_never_exported_is_taken_away_without_telling_the_guest() 
     assert!(!log.iter().any(|line| line.starts_with("write") && line.ends_with("state-0")), "{log:#?}");
     assert!(log.iter().any(|line| line == "assign 0000:01:00.0 3 -"), "{log:#?}");
     assert_eq!(*fake.nodes.borrow(), before);
+}
+
+#[test]
+fn an_error_is_reported_and_what_becomes_of_it_told() {
+    let fake = Fake::new("aer");
+    let report =
+        |severity| fake.with(|host| aer::report(host, NIC.parse().unwrap(), severity, Duration::from_millis(60)));
+    for (fate, severity) in [("nonfatal: recovered", "auto"), ("fatal: reset: no guest has it", "fatal")] {
+        *fake.fate.borrow_mut() = Some(fate.into());
+        fake.log.borrow_mut().clear();
+        assert_eq!(report(severity), Ok(format!("{NIC}: {fate}")));
+        assert_eq!(
+            *fake.log.borrow(),
+            [format!("report 0000-01-00-0 {severity}")],
+            "one report, in the driver's words"
+        );
+    }
+    fake.attach().unwrap();
+    for fate in ["fatal: failed: its guest's driver gives it up (resume)", "nonsense", "", "fatal: recovered!"] {
+        *fake.fate.borrow_mut() = Some(fate.into());
+        let failure = report("auto").expect_err(fate);
+        assert!(failure.what.contains(fate), "{failure}");
+        assert!(failure.remedy.contains("xl-pciback detach db1 0000:01:00.0"), "{failure}");
+    }
+    *fake.fate.borrow_mut() = Some("fatal: recovering".into());
+    assert!(report("auto").expect_err("still at it").what.contains("does not say"));
+}
+
+/// A report that stays would be taken up by the next driver domain of this number, of another device.
+#[test]
+fn a_report_that_nobody_takes_up_is_not_left_behind_and_another_programs_is_left_alone() {
+    let fake = Fake::new("aer-deaf");
+    let report = || fake.with(|host| aer::report(host, NIC.parse().unwrap(), "fatal", Duration::from_millis(60)));
+    assert!(report().expect_err("deaf").what.contains("does not take up"));
+    assert!(!fake.nodes.borrow().contains_key(AER));
+    fake.set(AER, "0000-02-00-0 fatal");
+    assert!(report().expect_err("taken").what.contains("does not take up"));
+    assert_eq!(fake.nodes.borrow()[AER], "0000-02-00-0 fatal");
+    assert!(fake.with(|host| aer::report(host, "0000:09:00.0".parse().unwrap(), "fatal", Duration::ZERO)).is_err());
+}
+
+#[test]
+fn only_four_words_say_how_bad_an_error_is() {
+    for word in ["auto", "nonfatal", "fatal", "permanent"] {
+        assert_eq!(aer::severity(word), Ok(word));
+    }
+    for word in ["", "Fatal", "correctable", "fatal ", "2"] {
+        assert!(aer::severity(word).is_err(), "{word:?}");
+    }
 }
 
 #[test]

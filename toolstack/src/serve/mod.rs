@@ -24,6 +24,7 @@ use pciback::sbdf::Sbdf;
 
 use self::desk::Desk;
 use self::promises::{Known, Server, Step, View, plan};
+use crate::aer;
 use crate::attach::{self, Host, quarantine};
 use crate::detach::{self, detach};
 use crate::domains::{Domains, Driver, Xl};
@@ -31,6 +32,7 @@ use crate::error::{Failure, Outcome, errno};
 use crate::nodes::{self, DOMID_IO, Link, told};
 use crate::sysfs::Sysfs;
 use crate::xen::events::wait_readable;
+use crate::xen::uevents::Uevents;
 use crate::xen::{self, Hypervisor, Store, Xen, transaction};
 
 /// Where dom0's other commands see that this one runs: its process number.
@@ -120,6 +122,13 @@ struct Serve<'a> {
     /// Guests to remind: when, and how often it was done.
     reminders: BTreeMap<(u32, u32), (Instant, usize)>,
     results: (Sender<Done>, Receiver<Done>),
+    /// What dom0's kernel tells of errors, if it does.
+    uevents: Option<Uevents>,
+    /// Functions of which an error is to be reported, and the thread that reports the former ones.
+    errors: BTreeSet<Sbdf>,
+    reporter: Option<JoinHandle<()>>,
+    /// Functions whose recovery is to be told of, with their driver domains.
+    recovering: BTreeSet<(u32, Sbdf)>,
     /// Rung by threads that are done.
     bell: (UnixStream, UnixStream),
 }
@@ -152,6 +161,14 @@ pub fn serve(xen: &Xen, sysfs: &Sysfs, options: Options) -> Outcome<()> {
         failed: BTreeMap::new(),
         reminders: BTreeMap::new(),
         results: channel(),
+        uevents: Uevents::open()
+            .inspect_err(|error| {
+                eprintln!("xl-pciback: warning: errors of functions are not heard of (xl-pciback aer): {error}");
+            })
+            .ok(),
+        errors: BTreeSet::new(),
+        reporter: None,
+        recovering: BTreeSet::new(),
         bell: pair()?,
     };
     serve.bell.1.set_nonblocking(true).map_err(|error| fail("a socket", error))?;
@@ -164,7 +181,7 @@ pub fn serve(xen: &Xen, sysfs: &Sysfs, options: Options) -> Outcome<()> {
     let ended = serve.run(&woken);
     eprintln!("xl-pciback: ending");
     // They stop waiting by the same signal, and undo what they have begun.
-    for worker in std::mem::take(&mut serve.workers) {
+    for worker in std::mem::take(&mut serve.workers).into_iter().chain(serve.reporter.take()) {
         let _ = worker.join();
     }
     for (_, desk) in std::mem::take(&mut serve.desks) {
@@ -216,7 +233,8 @@ fn alone(xen: &Xen) -> Outcome<()> {
 
 impl Serve<'_> {
     fn run(&mut self, woken: &UnixStream) -> Outcome<()> {
-        let fds = [self.xen.as_raw_fd(), self.bell.1.as_raw_fd(), woken.as_raw_fd()];
+        let mut fds = vec![self.xen.as_raw_fd(), self.bell.1.as_raw_fd(), woken.as_raw_fd()];
+        fds.extend(self.uevents.as_ref().map(AsRawFd::as_raw_fd));
         let mut looked = Instant::now();
         // When to look at everything again.
         let mut look = Some(Instant::now());
@@ -242,6 +260,8 @@ impl Serve<'_> {
                 changed = true;
                 self.attached(done);
             }
+            self.note_errors();
+            self.report_errors();
             changed |= self.is_due();
             if changed {
                 look.get_or_insert(looked + PAUSE);
@@ -275,10 +295,66 @@ impl Serve<'_> {
                     }
                     _ => {}
                 }
+                if path.ends_with("/aer") {
+                    self.tell_recovery(domid, path);
+                }
                 // Counters are nothing to act on.
                 path.ends_with("/state") || path.ends_with("/mode") || path.ends_with("/data/pciback")
             }
             Some(_) => false,
+        }
+    }
+
+    /// Takes note of the errors that dom0's kernel has told of.
+    fn note_errors(&mut self) {
+        while let Some(event) = self.uevents.as_ref().and_then(Uevents::next) {
+            let Some(name) = aer::concerned(&event) else { continue };
+            let functions = self.drivers.iter().flat_map(|driver| &driver.config.devices).map(|device| device.sbdf);
+            let behind: Vec<Sbdf> = functions.filter(|sbdf| self.sysfs.is_behind(*sbdf, name)).collect();
+            for sbdf in behind {
+                eprintln!("xl-pciback: {sbdf}: dom0's kernel tells of an error at {name}");
+                self.errors.insert(sbdf);
+            }
+        }
+    }
+
+    /// Starts a thread that reports them, if none does. It waits for driver domains only until they have taken a report up.
+    fn report_errors(&mut self) {
+        if self.errors.is_empty() || self.reporter.as_ref().is_some_and(|reporter| !reporter.is_finished()) {
+            return;
+        }
+        let Ok(bell) = self.bell.0.try_clone() else { return };
+        let todo: Vec<(Driver, Sbdf)> = std::mem::take(&mut self.errors)
+            .into_iter()
+            .filter_map(|sbdf| Some((self.drivers.iter().find(|driver| driver.entry(sbdf).is_some())?.clone(), sbdf)))
+            .collect();
+        self.recovering.extend(todo.iter().map(|(driver, sbdf)| (driver.domid, *sbdf)));
+        let (libdir, sysfs) = (self.options.libdir.clone(), self.sysfs.clone());
+        let body = move || {
+            for (driver, sbdf) in todo {
+                let reported = Xen::open(libdir.as_deref())
+                    .and_then(|xen| aer::announce(&Host::of(&xen, &sysfs), &driver, sbdf, aer::AUTO));
+                if let Err(failure) = reported {
+                    eprintln!("{failure}");
+                }
+            }
+            let _ = std::io::Write::write(&mut &bell, &[1]);
+        };
+        match std::thread::Builder::new().name("errors".into()).stack_size(512 << 10).spawn(body) {
+            Ok(reporter) => self.reporter = Some(reporter),
+            Err(error) => eprintln!("xl-pciback: an error of a function is not reported: no thread for it: {error}"),
+        }
+    }
+
+    /// A driver domain says what becomes of an error: that is told once for each that was reported to it.
+    fn tell_recovery(&mut self, domid: u32, path: &str) {
+        let folder = path.strip_suffix("/aer").and_then(|path| path.rsplit_once('/'));
+        let Some(sbdf) = folder.and_then(|(_, name)| nodes::of_folder(name)) else { return };
+        let fate = told(self.xen, &nodes::published(domid, sbdf, "aer")).filter(|fate| !aer::is_open(fate));
+        if let Some(fate) = fate
+            && self.recovering.remove(&(domid, sbdf))
+        {
+            eprintln!("xl-pciback: {sbdf}: error: {fate}");
         }
     }
 
@@ -375,6 +451,7 @@ impl Serve<'_> {
         self.failed.retain(|(driver, guest, _), _| there(driver) && view.domains.contains_key(guest));
         self.reminders
             .retain(|(driver, guest), _| view.domains.contains_key(driver) && view.domains.contains_key(guest));
+        self.recovering.retain(|(domid, _)| view.domains.contains_key(domid));
         self.looked_up.retain(|domid, _| view.domains.contains_key(domid));
         self.made.retain(|(guest, _), _| view.domains.contains_key(guest));
         let mut held_up = BTreeSet::new();

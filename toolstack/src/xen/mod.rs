@@ -43,6 +43,7 @@ macro_rules! store {
 pub mod calls;
 pub mod channel;
 pub mod events;
+pub mod uevents;
 
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_ulong, c_void};
 use std::fs;
