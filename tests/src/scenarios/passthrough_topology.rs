@@ -43,7 +43,7 @@ fn sees(rig: &mut Rig) -> Outcome {
     let roots = rig.run(&roots)?;
     check!(roots.split_whitespace().eq(["2", "0000:01", "0000:00"]), "the roots are {roots}");
 
-    rig.must(&format!("xl-pciback detach g1 {NVME}"))?;
+    rig.must(&format!("xl-pciback detach --timeout 60 g1 {NVME}"))?;
     rig.guest_wait("g1", "its drive to leave", 30, "[ ! -e /dev/nvme0n1 ]")?;
     rig.wait_device(NVME, "ready")?;
     let seen = functions(rig)?;
