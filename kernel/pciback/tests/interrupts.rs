@@ -270,12 +270,14 @@ fn case_5_a_pin_that_is_on_keeps_no_message_interrupt_off() {
 fn case_6_with_all_interrupts_off_each_kind_can_be_enabled() {
     let (mut rig, guest) = started(Card::BOTH);
     assert_eq!(guest.write(&mut rig, 0, 4, 2, 0x0406), 0);
-    rig.hardware(NIC).set_word(at::COMMAND, 0x0407);
+    assert_eq!(registers(&rig).2, 0x0407);
     assert!(guest.enable_msi(&mut rig).is_ok());
     guest.disable_msi(&mut rig);
-    rig.hardware(NIC).set_word(at::COMMAND, 0x0407);
+    assert_eq!(registers(&rig).2, 0x0407);
     assert!(guest.enable_msix(&mut rig, &[0]).is_ok());
     guest.disable_msix(&mut rig);
+    assert_eq!(registers(&rig).2, 0x0407);
+    assert_eq!(guest.write(&mut rig, 0, 4, 2, 0x0006), 0);
     assert!(is_line_on(&rig));
 }
 
@@ -897,6 +899,26 @@ fn a_guest_that_has_not_turned_the_card_on_gets_no_pin_by_a_detour() {
         guest.enable(&mut rig);
         assert!(is_line_on(&rig), "{card:?}");
     }
+}
+
+/// uio_pci_generic's handler silences the line and leaves it to a program to have it again. Linux's xen-pciback takes that for the
+/// guest's notepad, and the same interrupt comes again and again (seen on the rig, `device-matrix`: 900 to 4000 times).
+#[test]
+fn a_handler_silences_its_line_and_has_it_again() {
+    let (mut rig, guest) = started(Card::BOTH);
+    for _ in 0..2 {
+        assert!(is_line_on(&rig));
+        assert_eq!(guest.write(&mut rig, 0, 4, 2, 0x0406), 0);
+        assert!(!is_line_on(&rig));
+        assert_eq!(guest.write(&mut rig, 0, 4, 2, 0x0006), 0);
+    }
+    // One that is silent stays so when messages end.
+    guest.enable_msix(&mut rig, &[0]).expect("a vector");
+    assert_eq!(guest.write(&mut rig, 0, 4, 2, 0x0406), 0);
+    guest.disable_msix(&mut rig);
+    assert!(!is_line_on(&rig));
+    assert_eq!(guest.write(&mut rig, 0, 4, 2, 0x0006), 0);
+    assert!(is_line_on(&rig));
 }
 
 /// A function without a pin has no switch for it.

@@ -288,10 +288,11 @@ impl VirtualConfig {
         self.guest.as_mut().and_then(|guest| guest.woken.take())
     }
 
-    /// Whether the guest has turned the function on, so that its interrupt pin must work while neither MSI nor
-    /// MSI-X is on.
+    /// Whether the guest has turned the function on and does not silence its interrupt pin, which must then work while
+    /// neither MSI nor MSI-X is on.
     pub fn wants_line(&self) -> bool {
-        self.guest.is_some_and(|guest| guest.command & command::DECODE != 0)
+        let wants = |command: u16| command & command::DECODE != 0 && command & command::INTX_DISABLE == 0;
+        self.guest.is_some_and(|guest| wants(guest.command))
     }
 
     /// Who the function is.
@@ -612,8 +613,8 @@ impl Guest {
     ///
     /// Decoding goes on in the device when the guest turns it on and stays on; bus mastering and
     /// memory-write-and-invalidate follow the guest; the other bits are the guest's notepad, or,
-    /// for a permissive guest, follow too. Interrupt disable goes off in the device when the guest
-    /// turns on decoding, unless the pin is not in use, and is the guest's notepad after that.
+    /// for a permissive guest, follow too. Interrupt disable follows a guest that has turned on decoding,
+    /// so that a handler can silence the line, unless the pin is not in use; it is a notepad otherwise.
     fn write_command<C: ConfigSpace>(&mut self, hardware: &mut C, part: &Part<'_>) -> Outcome {
         let held = hardware.read(header::COMMAND, Width::Word) as u16;
         let seen = held & command::FROM_HARDWARE | self.command & !command::FROM_HARDWARE;
@@ -622,13 +623,15 @@ impl Guest {
         let follows = command::GUEST | if self.permissive { command::PERMISSIVE } else { 0 };
         let decode = value & self.bars.decode;
         let mut wanted = held & !follows | value & follows | decode;
-        let turned_on = value & command::DECODE != 0 && self.command & command::DECODE == 0;
-        if turned_on && !self.messages && hardware.read(header::INTERRUPT_PIN, Width::Byte) != 0 {
-            wanted &= !command::INTX_DISABLE;
+        let on = value & command::DECODE != 0;
+        let turned_on = on && self.command & command::DECODE == 0;
+        let switched = on && (self.command ^ value) & command::INTX_DISABLE != 0;
+        if (turned_on || switched) && !self.messages && hardware.read(header::INTERRUPT_PIN, Width::Byte) != 0 {
+            wanted = wanted & !command::INTX_DISABLE | value & command::INTX_DISABLE;
         }
         let outcome = write_if_changed(hardware, header::COMMAND, Width::Word, u32::from(wanted));
-        // A guest must not read that decoding is on where the device could not be told.
-        let missing = if outcome == Outcome::Done { 0 } else { decode & !held };
+        // A guest must not read that decoding is on, or its line silent, where the device could not be told.
+        let missing = if outcome == Outcome::Done { 0 } else { wanted & !held & (decode | command::INTX_DISABLE) };
         self.command = value & !missing;
         outcome
     }
