@@ -364,6 +364,21 @@ mod tests {
         table
     }
 
+    /// An error of a bridge concerns what is behind it, at any depth, and nothing beside it.
+    #[test]
+    fn a_function_is_behind_every_bridge_on_its_way() {
+        let root = std::env::temp_dir().join(format!("xl-pciback-{}-behind", std::process::id()));
+        let devices = root.join("sys/bus/pci/devices");
+        fs::create_dir_all(&devices).unwrap();
+        let way = "../../../devices/pci0000:00/0000:00:03.0/0000:01:00.0/0000:02:00.0";
+        std::os::unix::fs::symlink(way, devices.join("0000:02:00.0")).unwrap();
+        let sysfs = Sysfs::at(&root);
+        let behind = |name| sysfs.is_behind("0000:02:00.0".parse().unwrap(), name);
+        assert!(["0000:00:03.0", "0000:01:00.0", "0000:02:00.0"].into_iter().all(behind));
+        assert!(!["0000:00:03.1", "0000:00:03", "0000:02:00.1", "0000:03:00.0", ""].into_iter().any(behind));
+        fs::remove_dir_all(root).unwrap();
+    }
+
     #[test]
     fn several_segments_are_found_and_a_short_table_is_no_trouble() {
         let table = mcfg(&[(0xb000_0000, 0, 0, 255), (0x80_0000_0000, 2, 0x40, 0x7f)]);
