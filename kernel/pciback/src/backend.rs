@@ -618,11 +618,15 @@ fn interrupts<C: ConfigSpace>(device: &Device<C>) -> String {
 /// What the last checks of a function's MSI-X state found.
 fn msix<C: ConfigSpace>(device: &Device<C>) -> String {
     let Some(function) = device.peek() else { return "unknown".to_string() };
-    match (function.interrupts.msix(), device.stale()) {
-        (None, _) if function.config.hidden().any(|(id, _)| id == capability::MSIX) => "hidden".to_string(),
-        (None, _) => "none".to_string(),
-        (Some(msix), 0) => format!("{} entries", msix.entries),
-        (Some(msix), stale) => format!("{} entries, stale state reset {stale} times", msix.entries),
+    let msix = function.interrupts.msix();
+    match (msix, function.interrupts.forgone(), device.stale()) {
+        (None, ..) if function.config.hidden().any(|(id, _)| id == capability::MSIX) => "hidden".to_string(),
+        (None, ..) => "none".to_string(),
+        (Some(msix), Some(error), _) => {
+            format!("{} entries, not usable: prepare_msix answered {error}", msix.entries)
+        }
+        (Some(msix), None, 0) => format!("{} entries", msix.entries),
+        (Some(msix), None, stale) => format!("{} entries, stale state reset {stale} times", msix.entries),
     }
 }
 

@@ -12,7 +12,8 @@ use crate::aer::{End, Severity};
 use crate::cmdline::DeviceConfig;
 use crate::config::registers::{command, power};
 use crate::config::{GuestView, VirtualConfig};
-use crate::handover::{self, Doubt, HandOver, Image, Method, Progress, Reach, Subject};
+use crate::handover::{self, Doubt, HandOver, Method, Progress, Reach, Subject};
+use crate::image::Image;
 use crate::interrupts::{Interrupts, Means};
 use crate::msix_state::{Clean, Dirty};
 use crate::physdev::{Physdev, PhysdevError};
@@ -63,7 +64,8 @@ pub struct Waking {
 /// What is known of a function that may be written.
 #[derive(Debug)]
 struct Control {
-    image: Image,
+    /// What it is restored to; `None` as long as it has not answered.
+    image: Option<Image>,
     /// The function has been ready with this image.
     proven: bool,
     /// It was told that the reset changes nothing.
@@ -441,7 +443,7 @@ impl<C: ConfigSpace> Device<C> {
             return;
         }
         *state = None;
-        let Some(Control { image, .. }) = control else { return };
+        let Some(Control { image: Some(image), .. }) = control else { return };
         // Some that claim to keep their state do not.
         if power & power::NO_SOFT_RESET != 0 && (image.is_in_place(hardware) || !image.has_addresses()) {
             return;
@@ -513,7 +515,8 @@ impl<C: ConfigSpace> Device<C> {
         self.first_use(physdev, now);
         let renew = self.function.as_ref().is_some_and(|function| {
             // A virtual function's addresses are nowhere in its registers.
-            let lost = |control: &Control| !control.image.has_addresses() && !function.config.identity().is_virtual();
+            let has = |control: &Control| control.image.as_ref().is_some_and(Image::has_addresses);
+            let lost = |control: &Control| !has(control) && !function.config.identity().is_virtual();
             function.control.as_ref().is_some_and(|control| !control.proven || lost(control))
         });
         let wanting = matches!(self.state, State::Broken(_)) || self.state == State::Ready && renew;
@@ -541,9 +544,11 @@ impl<C: ConfigSpace> Device<C> {
         match free {
             // The hand-over may turn memory decode on.
             Ok(()) | Err(Dirty::Prepare(PhysdevError::NoMemoryDecode)) => {
-                if renew {
-                    // dom0 may have mended it.
-                    control.image = Image::take(hardware, config);
+                if renew
+                    && let Some(later) = Image::take(hardware, config)
+                    && control.image.as_ref().is_none_or(|image| image.may_become(&later))
+                {
+                    control.image = Some(later);
                 }
                 self.begin(physdev, now);
             }
@@ -810,7 +815,7 @@ impl<C: ConfigSpace> Device<C> {
     fn subject<'a, P: Physdev>(&'a mut self, physdev: &'a mut P) -> Option<Subject<'a, C, P>> {
         let sbdf = self.entry.sbdf;
         let Function { hardware, config, interrupts, control, .. } = self.function.as_mut()?;
-        let Control { image, method, reach, .. } = control.as_ref()?;
+        let Control { image, method, reach, .. } = control.as_mut()?;
         Some(Subject { hardware, config, interrupts, image, method: *method, reach: *reach, physdev, sbdf })
     }
 }

@@ -10,6 +10,8 @@
 //!    |
 //!  Unmap  -- until Xen has unmapped all vectors (a reset with vectors mapped makes Xen remember a MASKALL)
 //!    |
+//!  Meet   -- until it answers and is awake, or the time is over: broken
+//!    |
 //!  Drain  -- until no transaction is pending, or the time is over
 //!    |
 //!  reset: PCIe FLR, AF FLR, D3hot and back, or by dom0 on request
@@ -18,7 +20,7 @@
 //!    |
 //!  Answer -- until it answers again, or the time is over: broken
 //!    |
-//!  restore the image taken when it was seized, and read it back
+//!  Restore -- the image taken when it was seized, until it reads back, or the time is over: broken
 //!    |
 //!  Check  -- Xen's MSI-X state is clean ([`crate::msix_state`]), or broken with the reason
 //! ```
@@ -27,15 +29,16 @@
 
 use alloc::format;
 use alloc::string::{String, ToString};
-use alloc::vec::Vec;
 
 use crate::cmdline::Reset;
-use crate::config::registers::{EXTENDED, SPACE, advanced, capability, command, express, offset, power};
-use crate::config::{Name, VirtualConfig};
+use crate::config::VirtualConfig;
+use crate::config::registers::{EXTENDED, advanced, capability, command, express, offset, power};
+use crate::image::Image;
 use crate::interrupts::{Interrupts, Means};
 use crate::msix_state::{self, Clean, Dirty};
 use crate::physdev::{Physdev, PhysdevError};
 use crate::platform::{ConfigSpace, Nanos, Width};
+use crate::reset_quirks::{self, Quirk};
 use crate::sbdf::Sbdf;
 
 const MS: Nanos = 1_000_000;
@@ -44,6 +47,8 @@ const MS: Nanos = 1_000_000;
 const UNMAP: Nanos = 10_000 * MS;
 /// How often it is looked whether it has.
 const UNMAP_PAUSE: Nanos = 20 * MS;
+/// How long a function that its guest left asleep may take to wake up before its vectors are unmapped all the same.
+const WAKE: Nanos = 1_000 * MS;
 /// How long pending transactions are waited for. The reset is done all the same after it, as the specification
 /// lets software do.
 const DRAIN: Nanos = 700 * MS;
@@ -55,6 +60,9 @@ const FLR: Nanos = 100 * MS;
 const POWER: Nanos = 10 * MS;
 /// How long a function may answer nothing, or "retry", after a reset. Drives take long; Linux waits as long.
 const ANSWER: Nanos = 60_000 * MS;
+/// How long registers may lose what is written to them after a reset, and how often it is looked whether they do.
+const RESTORE: Nanos = 1_000 * MS;
+const RESTORE_PAUSE: Nanos = 20 * MS;
 /// How long dom0's kernel may take for a reset; resets of its own wait as long for an answer.
 const BUS: Nanos = 70_000 * MS;
 /// How often dom0 is asked whether it is done.
@@ -92,7 +100,13 @@ impl Method {
         }
     }
 
-    /// The method for a function: the wish, if the function can do it, or the first of those it has.
+    /// Whether this domain does it, by writing to the function.
+    const fn is_own(self) -> bool {
+        matches!(self, Method::Flr(_) | Method::Af(_) | Method::Pm(_))
+    }
+
+    /// The method for a function: the wish, if the function can do it, or the first of those it has. What its registers
+    /// say counts less than what is publicly known of it ([`reset_quirks`]).
     ///
     /// # Errors
     /// A sentence, if the function lacks what is wished.
@@ -103,209 +117,60 @@ impl Method {
         reach: Reach,
     ) -> Result<Method, String> {
         let dom0 = if reach.needs_dom0() { Method::Bus } else { Method::Dom0 };
+        let quirk = reset_quirks::of(hardware, config);
         let flr = config.capability(capability::EXPRESS).filter(|at| {
             let register = at + express::DEVICE_CAPABILITIES;
-            register + 4 <= EXTENDED && hardware.read(register, Width::Dword) & express::FUNCTION_RESET != 0
+            let told = |register| hardware.read(register, Width::Dword) & express::FUNCTION_RESET != 0;
+            register + 4 <= EXTENDED && (quirk == Some(Quirk::HiddenFlr) || told(register))
         });
-        let af = config.capability(capability::ADVANCED).filter(|at| {
+        let linked = config.capability(capability::ADVANCED);
+        let af = match quirk {
+            Some(Quirk::HiddenAf(at)) => linked.or_else(|| reset_quirks::hidden_advanced(hardware, config, at)),
+            _ => linked,
+        };
+        let af = af.filter(|at| {
             let register = at + advanced::CAPABILITIES;
             register < EXTENDED - 2 && hardware.read(register, Width::Byte) as u8 & advanced::RESET == advanced::RESET
         });
         let keeps_state = |at: &u16| hardware.read(*at, Width::Word) as u16 & power::NO_SOFT_RESET != 0;
         let pm = config.power_control().filter(|at| !keeps_state(at));
-        let (flr, af, pm) = (flr.map(Method::Flr), af.map(Method::Af), pm.map(Method::Pm));
+        // What is announced and must not be done; a wish for it is refused with the reason.
         let lacks = |name: &str| format!("reset={name}: the function has no such reset; reset=auto takes what it has");
+        let denied =
+            |name: &str, why: &str| format!("reset={name}: not for this function: {why}; reset=auto takes another");
+        let flr = match quirk {
+            Some(Quirk::NoFlr(why) | Quirk::Dom0(why)) if flr.is_some() => Err(denied("flr", why)),
+            _ => flr.map(Method::Flr).ok_or_else(|| lacks("flr")),
+        };
+        let af = match quirk {
+            Some(Quirk::NoFlr(why) | Quirk::Dom0(why)) if af.is_some() => Err(denied("af", why)),
+            _ => af.map(Method::Af).ok_or_else(|| lacks("af")),
+        };
+        let pm = match quirk {
+            Some(Quirk::NoPm(why)) if pm.is_some() => Err(denied("pm", why)),
+            _ => pm.map(Method::Pm).ok_or_else(|| lacks("pm")),
+        };
         match wish {
+            Reset::Auto if matches!(quirk, Some(Quirk::Dom0(_))) => Ok(dom0),
             Reset::Auto => Ok(flr.or(af).or(pm).unwrap_or(dom0)),
-            Reset::Flr => flr.ok_or_else(|| lacks("flr")),
-            Reset::Af => af.ok_or_else(|| lacks("af")),
-            Reset::Pm => pm.ok_or_else(|| lacks("pm")),
+            Reset::Flr => flr,
+            Reset::Af => af,
+            Reset::Pm => pm,
             Reset::Bus => Ok(dom0),
             Reset::None => Ok(Method::Nothing),
         }
     }
 }
 
-/// One register of an image.
-#[derive(Clone, Copy, Debug)]
-struct Saved {
-    name: &'static str,
-    at: u16,
-    width: Width,
-    value: u32,
-    /// Without it the function cannot be used.
-    vital: bool,
-}
-
-/// What software set in a function before it was seized, and what a reset takes away.
-#[derive(Debug)]
-pub struct Image(Vec<Saved>);
-
-/// Extended capabilities with registers that software sets: id, offset, width, name (PCI Express Base 5.0, 7.8
-/// and 7.9).
-const EXTENDED_REGISTERS: [(u16, u16, Width, &str); 7] = [
-    (0x01, 0x08, Width::Dword, "AER uncorrectable mask"),
-    (0x01, 0x0c, Width::Dword, "AER uncorrectable severity"),
-    (0x01, 0x14, Width::Dword, "AER correctable mask"),
-    (0x0d, 0x06, Width::Word, "ACS control"),
-    (0x0f, 0x06, Width::Word, "ATS control"),
-    (0x18, 0x04, Width::Word, "LTR snoop latency"),
-    (0x18, 0x06, Width::Word, "LTR no-snoop latency"),
-];
-
-/// Most extended capabilities a list can hold: a dword each.
-const MOST_EXTENDED: usize = ((SPACE - EXTENDED) / 4) as usize;
-
-impl Image {
-    /// Takes the image of a function that answers.
-    pub fn take<C: ConfigSpace>(hardware: &C, config: &VirtualConfig) -> Image {
-        let mut registers = Vec::new();
-        let mut save = |name, at: u16, width: Width, vital| {
-            registers.push(Saved { name, at, width, value: hardware.read(at, width) & width.mask(), vital });
-        };
-        if let Some(at) = config.capability(capability::EXPRESS) {
-            for (register, name) in [
-                (express::DEVICE_CONTROL, "Device Control"),
-                (express::LINK_CONTROL, "Link Control"),
-                (express::DEVICE_CONTROL_2, "Device Control 2"),
-                (express::LINK_CONTROL_2, "Link Control 2"),
-            ] {
-                // A capability of version 1 ends before the second pair.
-                let version = hardware.read(at + 2, Width::Word) & 0xf;
-                let has = register < express::DEVICE_CONTROL_2 || version >= 2;
-                if has && at + register + 2 <= EXTENDED {
-                    save(name, at + register, Width::Word, false);
-                }
-            }
-        }
-        for (id, at) in if config.has_extended() { extended(hardware) } else { Vec::new() } {
-            for (_, register, width, name) in EXTENDED_REGISTERS.iter().filter(|(of, ..)| *of == id) {
-                if at + register + width.bytes() <= SPACE {
-                    save(name, at + register, *width, false);
-                }
-            }
-        }
-        // What a guest may write, it must not leave to the next.
-        for register in config.registers().filter(|register| matches!(register.name, Name::Opened { .. })) {
-            if let Some(width) = Width::from_bytes(register.length.into()) {
-                save("a register of quirk=", register.offset, width, false);
-            }
-        }
-        for bar in 0..6 {
-            save("a base address register", offset::BAR0 + 4 * bar, Width::Dword, true);
-        }
-        save("the ROM's base address register", offset::ROM, Width::Dword, false);
-        save("cache line size", offset::CACHE_LINE, Width::Byte, false);
-        save("latency timer", offset::LATENCY, Width::Byte, false);
-        save("interrupt line", offset::INTERRUPT_LINE, Width::Byte, false);
-        // Last, as decoding must not begin before the addresses are there.
-        let held = hardware.read(offset::COMMAND, Width::Word);
-        let idle = held & !u32::from(command::MASTER) | u32::from(command::INTX_DISABLE);
-        registers.push(Saved {
-            name: "Command",
-            at: offset::COMMAND,
-            width: Width::Word,
-            value: idle & 0xffff,
-            vital: true,
-        });
-        Image(registers)
-    }
-
-    /// Writes what differs.
-    ///
-    /// # Errors
-    /// A sentence, if a register without which the function can't be used does not take its value.
-    pub fn restore<C: ConfigSpace>(&self, hardware: &mut C, sbdf: Sbdf) -> Result<(), String> {
-        for saved in &self.0 {
-            let Saved { name, at, width, value, vital } = *saved;
-            let mut read = hardware.read(at, width) & width.mask();
-            if read == value {
-                continue;
-            }
-            // Where the host forbids writes, the value read back tells.
-            let _ = hardware.write(at, width, value);
-            read = hardware.read(at, width) & width.mask();
-            // A function without a pin need not implement its switch.
-            let same = if at == offset::COMMAND {
-                (read ^ value) & !u32::from(command::INTX_DISABLE) == 0
-            } else {
-                read == value
-            };
-            if !same && vital {
-                return Err(format!(
-                    "{name} at {at:#x} does not take back {value:#x}, it reads {read:#x}: reset it from dom0 or \
-                     power-cycle the host"
-                ));
-            }
-            if !same {
-                log::warn!("{sbdf}: {name} at {at:#x} does not take back {value:#x}, it reads {read:#x}");
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether it has any address: one that was taken after a reset which nobody restored has none.
-    pub fn has_addresses(&self) -> bool {
-        self.addresses().next().is_some()
-    }
-
-    /// The base address registers that hold an address.
-    fn addresses(&self) -> impl Iterator<Item = &Saved> {
-        let is_bar = |saved: &&Saved| (offset::BAR0..offset::BAR0 + 24).contains(&saved.at) && saved.value & !0xf != 0;
-        self.0.iter().filter(is_bar)
-    }
-
-    /// Whether the function has its addresses.
-    pub fn is_in_place<C: ConfigSpace>(&self, hardware: &C) -> bool {
-        self.addresses().all(|saved| hardware.read(saved.at, saved.width) == saved.value)
-    }
-
-    /// Gives a function that a guest has what it has lost, and `command` last. False if it does not take back what it
-    /// needs.
-    pub fn revive<C: ConfigSpace>(&self, hardware: &mut C, command: u16) -> bool {
-        let mut whole = true;
-        for saved in &self.0 {
-            let Saved { at, width, vital, .. } = *saved;
-            let value = if at == offset::COMMAND { u32::from(command) } else { saved.value };
-            if hardware.read(at, width) & width.mask() != value {
-                // Where nothing can be written now, the value read back tells.
-                let _ = hardware.write(at, width, value);
-                whole &= !vital || hardware.read(at, width) & width.mask() == value;
-            }
-        }
-        whole
-    }
-
-    /// Whether a function still has its addresses after a reset. Every reset clears its base address registers (PCI
-    /// Express Base 5.0, 6.6.2; for D3hot PCI Power Management 1.2, 5.4.1), so such a function was not reset.
-    fn addresses_kept<C: ConfigSpace>(&self, hardware: &C) -> bool {
-        let mut bars = self.addresses().peekable();
-        bars.peek().is_some() && bars.all(|saved| hardware.read(saved.at, saved.width) == saved.value)
-    }
-}
-
-/// The extended capabilities: ids and offsets.
-fn extended<C: ConfigSpace>(hardware: &C) -> Vec<(u16, u16)> {
-    let mut found: Vec<(u16, u16)> = Vec::new();
-    let mut at = EXTENDED;
-    while found.len() < MOST_EXTENDED && at >= EXTENDED && !found.iter().any(|(_, seen)| *seen == at) {
-        let header = hardware.read(at, Width::Dword);
-        if header == 0 || header == u32::MAX {
-            break;
-        }
-        found.push((header as u16, at));
-        at = (header >> 20) as u16 & !3;
-    }
-    found
-}
-
 /// Where the state machine stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
-    /// On its way out of D3hot, where its guest had left it.
-    Wake,
+    /// On its way out of D3hot, where its guest had left it; gone on without at this time.
+    Wake { until: Nanos },
     /// Vectors are still mapped; given up at this time.
     Unmap { until: Nanos },
+    /// It does not answer, or is asleep, and can't be reset; given up when the patience is over.
+    Meet { pause: Nanos },
     /// Transactions may be pending; the reset is done at this time at the latest.
     Drain { until: Nanos },
     /// In D3hot.
@@ -314,8 +179,10 @@ enum Step {
     Bus { until: Nanos },
     /// The reset has been done, and the function must not be touched yet.
     Settle,
-    /// It may answer with nothing yet; given up at this time.
-    Answer { until: Nanos, pause: Nanos },
+    /// It may answer with nothing yet; given up when the patience is over.
+    Answer { pause: Nanos },
+    /// A register loses what is written to it; given up at this time.
+    Restore { until: Nanos },
     /// All is restored, but Xen is not done with a former guest's vectors; given up at this time.
     Check { until: Nanos },
 }
@@ -373,8 +240,8 @@ pub struct Subject<'a, C, P> {
     pub config: &'a mut VirtualConfig,
     /// Its interrupts.
     pub interrupts: &'a mut Interrupts,
-    /// What it is restored to.
-    pub image: &'a Image,
+    /// What it is restored to; `None` as long as it has not answered since it was seized.
+    pub image: &'a mut Option<Image>,
     /// How it is reset.
     pub method: Method,
     /// How far this domain can go.
@@ -385,23 +252,69 @@ pub struct Subject<'a, C, P> {
     pub sbdf: Sbdf,
 }
 
+impl<C: ConfigSpace, P> Subject<'_, C, P> {
+    /// Takes the image, if there is none, or a better one than there is.
+    fn take_image(&mut self) {
+        if self.image.as_ref().is_none_or(Image::is_poor)
+            && let Some(image) = Image::take(self.hardware, self.config)
+        {
+            *self.image = Some(image);
+        }
+    }
+
+    /// Whether the function answers as itself and is awake; if it is asleep it is woken.
+    fn rouse(&mut self) -> Result<(), Silent> {
+        if self.config.identity().check(self.hardware).is_err() {
+            return Err(Silent::Gone(self.hardware.read(offset::VENDOR, Width::Word) as u16));
+        }
+        match asleep(self.hardware, self.config) {
+            None => Ok(()),
+            Some(at) => {
+                let state = self.hardware.read(at, Width::Word) as u16 & power::STATE;
+                set_power(self.hardware, at, 0);
+                Err(Silent::Asleep(state))
+            }
+        }
+    }
+}
+
+/// Why nothing can be done to a function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Silent {
+    /// Its vendor register reads this.
+    Gone(u16),
+    /// It is in this power state.
+    Asleep(u16),
+}
+
 /// A hand-over under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HandOver {
     step: Step,
     due: Nanos,
     doubt: Option<Doubt>,
+    /// How long the function may still be silent, before its reset or after it.
+    patience: Nanos,
+    /// The reset was done twice, as the first did not show.
+    repeated: bool,
+    /// The image is being put back.
+    restoring: bool,
 }
 
 impl HandOver {
     /// Silences the function at once and starts.
     pub fn begin<C: ConfigSpace, P: Physdev>(subject: &mut Subject<'_, C, P>, now: Nanos) -> HandOver {
         subject.config.detach(subject.hardware);
-        if let Some(at) = asleep(subject.hardware, subject.config) {
-            set_power(subject.hardware, at, 0);
-            return HandOver { step: Step::Wake, due: now.saturating_add(POWER), doubt: None };
+        subject.take_image();
+        if let Err(Silent::Asleep(_)) = subject.rouse() {
+            let step = Step::Wake { until: now.saturating_add(WAKE) };
+            return HandOver::at(step, now.saturating_add(POWER));
         }
-        HandOver { step: silence(subject, now), due: now, doubt: None }
+        HandOver::at(silence(subject, now), now)
+    }
+
+    const fn at(step: Step, due: Nanos) -> HandOver {
+        HandOver { step, due, doubt: None, patience: 0, repeated: false, restoring: false }
     }
 
     /// When [`HandOver::advance`] is to be called; `None` if something else brings it on.
@@ -433,7 +346,11 @@ impl HandOver {
 
     fn step<C: ConfigSpace, P: Physdev>(&mut self, subject: &mut Subject<'_, C, P>, now: Nanos) -> Progress {
         match self.step {
-            Step::Wake => {
+            Step::Wake { until } => {
+                if subject.rouse().is_err() && now < until {
+                    return Progress::Until(now.saturating_add(POWER));
+                }
+                subject.take_image();
                 // What it has lost on the way, it has lost to its guest too.
                 subject.config.detach(subject.hardware);
                 self.step = silence(subject, now);
@@ -441,7 +358,8 @@ impl HandOver {
             }
             Step::Unmap { until } => match subject.interrupts.unmap(subject.physdev, subject.sbdf) {
                 None if subject.interrupts.is_settled(subject.hardware, subject.physdev, subject.sbdf) => {
-                    self.drain(subject, now, now.saturating_add(DRAIN))
+                    self.patience = now.saturating_add(ANSWER);
+                    self.meet(subject, now, MS)
                 }
                 // A reset would take the table from under Xen's hands.
                 None if now < until => Progress::Until(now.saturating_add(UNMAP_PAUSE)),
@@ -452,6 +370,7 @@ impl HandOver {
                      xl dmesg"
                 )),
             },
+            Step::Meet { pause } => self.meet(subject, now, pause),
             Step::Drain { until } => self.drain(subject, now, until),
             Step::Asleep => {
                 if let Method::Pm(at) = subject.method {
@@ -461,10 +380,54 @@ impl HandOver {
                 Progress::Until(now.saturating_add(POWER))
             }
             Step::Bus { until } => self.wait_for_dom0(subject, now, until),
-            Step::Settle => self.answer(subject, now, now.saturating_add(ANSWER), MS),
-            Step::Answer { until, pause } => self.answer(subject, now, until, pause),
+            Step::Settle => self.recover(subject, now),
+            Step::Answer { pause } => self.answer(subject, now, pause),
+            Step::Restore { until } => self.restore(subject, now, until),
             Step::Check { until } => self.check(subject, now, until),
         }
+    }
+
+    /// Waits for a function that does not answer or is asleep, if something is to be written to it or its image is still
+    /// to be taken, then goes on.
+    fn meet<C: ConfigSpace, P: Physdev>(
+        &mut self,
+        subject: &mut Subject<'_, C, P>,
+        now: Nanos,
+        pause: Nanos,
+    ) -> Progress {
+        if subject.method.is_own() || subject.image.is_none() {
+            let met = subject.rouse();
+            if met.is_ok() {
+                // It may have been gone when these were due.
+                subject.config.detach(subject.hardware);
+                subject.take_image();
+            }
+            if met.is_err() || subject.image.is_none() {
+                if now >= self.patience {
+                    return Progress::Broken(match met {
+                        Err(Silent::Asleep(state)) => stays_asleep(state),
+                        Err(Silent::Gone(vendor)) => format!(
+                            "it does not answer, so it cannot be reset: the vendor register reads {vendor:04x}; \
+                             power-cycle the host"
+                        ),
+                        Ok(()) => String::from("its registers read as ones: power-cycle the host"),
+                    });
+                }
+                let (pause, next) = pauses(met, pause);
+                self.step = Step::Meet { pause: next };
+                return Progress::Until(now.saturating_add(pause));
+            }
+        }
+        self.drain(subject, now, now.saturating_add(DRAIN))
+    }
+
+    /// The function has gone just before its reset: it is waited for anew, as long as there is patience.
+    fn meet_again(&mut self, now: Nanos) -> Progress {
+        self.step = Step::Meet { pause: MS };
+        if now < self.patience {
+            return Progress::Until(now.saturating_add(MS));
+        }
+        Progress::Broken(String::from("it answers, and does not, so it cannot be reset: power-cycle the host"))
     }
 
     /// Waits for pending transactions, then resets.
@@ -484,22 +447,30 @@ impl HandOver {
             self.step = Step::Drain { until };
             return Progress::Until(now.saturating_add(DRAIN_PAUSE));
         }
+        // One that has gone meanwhile reads as if transactions were pending.
+        if subject.method.is_own() && subject.config.identity().check(subject.hardware).is_err() {
+            return self.meet_again(now);
+        }
         if pending {
             log::warn!("{}: transactions are still pending: it is reset all the same", subject.sbdf);
         }
+        let slowness = reset_quirks::slowness(subject.hardware, subject.config);
         let Subject { hardware, method, .. } = subject;
         let settle = match *method {
             Method::Flr(at) => {
                 let control = hardware.read(at + express::DEVICE_CONTROL, Width::Word) as u16;
+                if control == u16::MAX {
+                    return self.meet_again(now);
+                }
                 let reset = control | express::INITIATE_RESET;
                 // What is not written does not reset; the image is compared after it.
                 let _ = hardware.write(at + express::DEVICE_CONTROL, Width::Word, u32::from(reset));
-                FLR
+                FLR + slowness
             }
             Method::Af(at) => {
                 let reset = u32::from(advanced::INITIATE_RESET);
                 let _ = hardware.write(at + advanced::CONTROL, Width::Byte, reset);
-                FLR
+                FLR + slowness
             }
             Method::Pm(at) => {
                 set_power(*hardware, at, power::STATE);
@@ -523,7 +494,7 @@ impl HandOver {
             }
             Err(error) => {
                 self.doubt = Some(Doubt::NotDone(error));
-                self.answer(subject, now, now.saturating_add(ANSWER), MS)
+                self.recover(subject, now)
             }
         }
     }
@@ -540,7 +511,13 @@ impl HandOver {
             Ok(true) => {}
             Err(error) => self.doubt = Some(Doubt::NotDone(error)),
         }
-        self.answer(subject, now, now.saturating_add(ANSWER), MS)
+        self.recover(subject, now)
+    }
+
+    /// The time that a function needs after its reset is over.
+    fn recover<C: ConfigSpace, P: Physdev>(&mut self, subject: &mut Subject<'_, C, P>, now: Nanos) -> Progress {
+        self.patience = now.saturating_add(ANSWER);
+        self.answer(subject, now, MS)
     }
 
     /// Waits for an answer, then restores.
@@ -548,38 +525,69 @@ impl HandOver {
         &mut self,
         subject: &mut Subject<'_, C, P>,
         now: Nanos,
-        until: Nanos,
         pause: Nanos,
     ) -> Progress {
-        if subject.config.identity().check(subject.hardware).is_err() {
-            if now >= until {
-                return Progress::Broken(format!(
-                    "it does not answer {} s after its reset ({}): the vendor register reads {:04x}; power-cycle the \
-                     host",
-                    ANSWER / (1000 * MS),
-                    subject.method.word(),
-                    subject.hardware.read(offset::VENDOR, Width::Word)
-                ));
+        if let Err(silent) = subject.rouse() {
+            if now >= self.patience {
+                return Progress::Broken(match silent {
+                    Silent::Asleep(state) => stays_asleep(state),
+                    Silent::Gone(vendor) => format!(
+                        "it does not answer {} s after its reset ({}): the vendor register reads {vendor:04x}; power-cycle \
+                         the host",
+                        ANSWER / (1000 * MS),
+                        subject.method.word()
+                    ),
+                });
             }
-            self.step = Step::Answer { until, pause: (2 * pause).min(ANSWER_PAUSE) };
+            let (pause, next) = pauses(Err(silent), pause);
+            self.step = Step::Answer { pause: next };
             return Progress::Until(now.saturating_add(pause));
         }
-        if let Some(at) = asleep(subject.hardware, subject.config) {
-            if now >= until {
-                let state = subject.hardware.read(at, Width::Word) as u16 & power::STATE;
-                return Progress::Broken(format!("it stays in power state D{state}: power-cycle the host"));
+        let kept = subject.image.as_ref().is_some_and(|image| image.addresses_kept(subject.hardware));
+        if subject.method.is_own() && kept && !self.restoring {
+            if !self.repeated {
+                // It may not have heard.
+                self.repeated = true;
+                self.patience = now.saturating_add(ANSWER);
+                return self.meet(subject, now, MS);
             }
-            // It did not hear that it was to wake up.
-            set_power(subject.hardware, at, 0);
-            self.step = Step::Answer { until, pause };
-            return Progress::Until(now.saturating_add(POWER));
-        }
-        let own = matches!(subject.method, Method::Flr(_) | Method::Af(_) | Method::Pm(_));
-        if own && subject.image.addresses_kept(subject.hardware) {
             self.doubt = Some(Doubt::KeptAddresses);
         }
-        if let Err(why) = subject.image.restore(subject.hardware, subject.sbdf) {
-            return Progress::Broken(why);
+        self.restoring = true;
+        self.restore(subject, now, now.saturating_add(RESTORE))
+    }
+
+    /// Whether something failed because the function has gone again: it is waited for anew, as long as there is patience.
+    fn has_gone<C: ConfigSpace, P: Physdev>(
+        &mut self,
+        subject: &mut Subject<'_, C, P>,
+        now: Nanos,
+    ) -> Option<Progress> {
+        subject.config.identity().check(subject.hardware).err()?;
+        Some(self.answer(subject, now, MS))
+    }
+
+    /// Puts the image back.
+    fn restore<C: ConfigSpace, P: Physdev>(
+        &mut self,
+        subject: &mut Subject<'_, C, P>,
+        now: Nanos,
+        until: Nanos,
+    ) -> Progress {
+        if let Some(image) = subject.image {
+            match image.restore(subject.hardware) {
+                Ok(()) => image.tell_lost(subject.hardware, subject.sbdf),
+                Err(lost) => {
+                    if let Some(progress) = self.has_gone(subject, now) {
+                        return progress;
+                    }
+                    if now >= until {
+                        return Progress::Broken(format!("{lost}: reset it from dom0 or power-cycle the host"));
+                    }
+                    self.step = Step::Restore { until };
+                    return Progress::Until(now.saturating_add(RESTORE_PAUSE));
+                }
+            }
         }
         self.check(subject, now, now.saturating_add(UNMAP))
     }
@@ -593,11 +601,14 @@ impl HandOver {
     ) -> Progress {
         match check(subject) {
             Ok(clean) => Progress::Ready(clean),
-            Err(dirty) if dirty.may_pass() && now < until => {
-                self.step = Step::Check { until };
-                Progress::Until(now.saturating_add(UNMAP_PAUSE))
-            }
-            Err(dirty) => Progress::Broken(dirty.to_string()),
+            Err(dirty) => match self.has_gone(subject, now) {
+                Some(progress) => progress,
+                None if dirty.may_pass() && now < until => {
+                    self.step = Step::Check { until };
+                    Progress::Until(now.saturating_add(UNMAP_PAUSE))
+                }
+                None => Progress::Broken(dirty.to_string()),
+            },
         }
     }
 }
@@ -608,9 +619,41 @@ impl HandOver {
 /// Why it may not be exposed.
 pub fn check<C: ConfigSpace, P: Physdev>(subject: &mut Subject<'_, C, P>) -> Result<Clean, Dirty> {
     match (subject.reach, subject.interrupts.msix().copied()) {
-        (reach, _) if reach.has_physdev() => subject.interrupts.clean(subject.hardware, subject.physdev, subject.sbdf),
+        (reach, _) if reach.has_physdev() => {
+            let cleaned = subject.interrupts.clean(subject.hardware, subject.physdev, subject.sbdf);
+            match cleaned {
+                Err(Dirty::Prepare(error)) if has_no_table(subject, error) => {
+                    subject.interrupts.forgo(subject.hardware, subject.sbdf, error).map(|()| Clean::Already)
+                }
+                other => other,
+            }
+        }
         (_, Some(msix)) => msix_state::clear(subject.hardware, &msix).map(|()| Clean::Already),
         (_, None) => Ok(Clean::Already),
+    }
+}
+
+/// Whether it is for good that Xen does not find the MSI-X table, and not for something that dom0 can mend: the function
+/// has its addresses and decodes them.
+fn has_no_table<C: ConfigSpace, P>(subject: &Subject<'_, C, P>, error: PhysdevError) -> bool {
+    let Subject { hardware, config, image, .. } = subject;
+    let held = hardware.read(offset::COMMAND, Width::Word) as u16;
+    let placed = image.as_ref().is_some_and(Image::has_addresses);
+    let decodes = config.identity().is_virtual() || placed && held & command::MEMORY != 0;
+    error == PhysdevError::NoMemoryDecode && decodes
+}
+
+/// Why a function that does not wake up is of no use.
+fn stays_asleep(state: u16) -> String {
+    format!("it stays in power state D{state}: power-cycle the host")
+}
+
+/// The pause before the next look at a function that is silent for this reason, and the one after it.
+fn pauses(silent: Result<(), Silent>, pause: Nanos) -> (Nanos, Nanos) {
+    match silent {
+        // It did not hear that it was to wake up.
+        Err(Silent::Asleep(_)) => (POWER, pause),
+        Err(Silent::Gone(_)) | Ok(()) => (pause, (2 * pause).min(ANSWER_PAUSE)),
     }
 }
 
@@ -631,6 +674,9 @@ fn asleep<C: ConfigSpace>(hardware: &C, config: &VirtualConfig) -> Option<u16> {
 /// Writes the power state; wake events stay off, and a pending one is not cleared by accident.
 fn set_power<C: ConfigSpace>(hardware: &mut C, at: u16, state: u16) {
     let held = hardware.read(at, Width::Word) as u16;
+    if held == u16::MAX {
+        return;
+    }
     let wanted = held & !(power::STATE | power::PME_STATUS | power::PME_ENABLE) | state;
     // The function answers in either state, or is found not to.
     let _ = hardware.write(at, Width::Word, u32::from(wanted));

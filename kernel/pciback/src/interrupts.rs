@@ -136,6 +136,8 @@ pub struct Interrupts {
     offered: (bool, bool),
     /// Xen has the MSI-X table under its protection.
     taken: bool,
+    /// Xen cannot set up MSI-X: what it answered. The function is served without.
+    forgone: Option<PhysdevError>,
     /// Offset of PMCSR.
     power: Option<u16>,
     /// Its memory decode is the physical function's, where Xen looks for it.
@@ -165,6 +167,7 @@ impl Interrupts {
             msix,
             offered: (false, false),
             taken: false,
+            forgone: None,
             power: config.power_control(),
             is_virtual: config.identity().is_virtual(),
             kind: Kind::Line,
@@ -234,6 +237,9 @@ impl Interrupts {
         self.take(physdev, sbdf)?;
         let outcome = msix_state::clean(hardware, physdev, sbdf, &msix);
         self.taken = outcome.is_ok();
+        if self.taken && self.forgone.take().is_some() {
+            log::info!("{sbdf}: Xen can set up its MSI-X again");
+        }
         match outcome {
             Ok(Clean::Already) if core::mem::take(&mut self.was_stale) => Ok(Clean::Reset),
             Ok(_) => {
@@ -242,6 +248,29 @@ impl Interrupts {
             }
             Err(_) => outcome,
         }
+    }
+
+    /// Does without MSI-X, which Xen answered that it cannot set up. Only while MSI-X is off and nothing masks it: with
+    /// MASKALL set, Xen assigns the function to nobody. It is looked at and not written: after a failed prepare_msix Xen sets
+    /// MASKALL with every write.
+    ///
+    /// # Errors
+    /// What Xen answered, where it is not so.
+    pub fn forgo<C: ConfigSpace>(&mut self, hardware: &C, sbdf: Sbdf, error: PhysdevError) -> Result<(), Dirty> {
+        let control = self.msix.map_or(u16::MAX, |msix| hardware.read(msix.control(), Width::Word) as u16);
+        if control & (msix_control::ENABLE | msix_control::MASKALL) != 0 {
+            return Err(Dirty::Prepare(error));
+        }
+        self.taken = false;
+        if self.forgone.replace(error) != Some(error) {
+            log::warn!("{sbdf}: it is served without MSI-X, as Xen cannot set that up: prepare_msix answered {error}");
+        }
+        Ok(())
+    }
+
+    /// Why there is no MSI-X, if Xen cannot set it up.
+    pub fn forgone(&self) -> Option<PhysdevError> {
+        self.forgone
     }
 
     /// Whether Xen is done with the vectors of a domain that is gone. Of MSI-X it is asked (release_msix is busy
@@ -358,7 +387,7 @@ impl Interrupts {
         table_base: u64,
         entries: &mut [MsixEntry],
     ) -> Result<(), EnableError> {
-        let msix = self.msix.filter(|_| self.offered.1).ok_or(EnableError::NotOffered)?;
+        let msix = self.msix.filter(|_| self.offered.1 && self.forgone.is_none()).ok_or(EnableError::NotOffered)?;
         self.finish(means);
         self.check_msix(&msix, entries)?;
         if table_base == 0 {
@@ -521,9 +550,12 @@ impl Interrupts {
 }
 
 /// Sets and clears bits of a Message Control register, and returns what it reads then. Always 16 bits wide: Xen
-/// refuses other widths.
+/// refuses other widths. What does not answer is not written to.
 fn set_control<C: ConfigSpace>(hardware: &mut C, at: u16, set: u16, clear: u16) -> u16 {
     let control = hardware.read(at, Width::Word) as u16;
+    if control == u16::MAX {
+        return control;
+    }
     // Where the host forbids writes, the value read back tells.
     let _ = hardware.write(at, Width::Word, u32::from(control & !clear | set));
     hardware.read(at, Width::Word) as u16

@@ -33,6 +33,8 @@ pub enum Dirty {
     Release(PhysdevError),
     /// prepare_msix failed.
     Prepare(PhysdevError),
+    /// The function does not answer.
+    Silent,
     /// MASKALL or ENABLE stays set, with this Message Control.
     Stuck(u16),
     /// MSI is on, and it was not this domain that turned it on.
@@ -53,6 +55,7 @@ impl fmt::Display for Dirty {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Dirty::WritesOff => f.write_str("its MSI-X state cannot be checked: writes are off on this host"),
+            Dirty::Silent => f.write_str("its MSI-X state cannot be checked: it does not answer; check its power"),
             Dirty::Release(PhysdevError::Busy) => write!(
                 f,
                 "its MSI-X state cannot be reset: release_msix answered {}: either vectors of a guest are still mapped \
@@ -151,6 +154,9 @@ pub fn clear<C: ConfigSpace>(hardware: &mut C, msix: &Msix) -> Result<(), Dirty>
 /// Writes Message Control with ENABLE and MASKALL clear, and reads it back.
 fn write_clear<C: ConfigSpace>(hardware: &mut C, msix: &Msix) -> Result<u16, Dirty> {
     let control = hardware.read(msix.control(), Width::Word) as u16;
+    if control == u16::MAX {
+        return Err(Dirty::Silent);
+    }
     let wanted = control & !(msix_control::ENABLE | msix_control::MASKALL);
     let written = hardware.write(msix.control(), Width::Word, u32::from(wanted));
     written.map_err(|WritesOff| Dirty::WritesOff)?;

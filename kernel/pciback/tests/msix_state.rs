@@ -185,14 +185,16 @@ fn case_2_vectors_are_unmapped_before_the_card_is_reset() {
         // Bus mastering goes off before all, and decoding never does by our hand.
         let command = |act: &Act| matches!(act, Act::Write(at::COMMAND, _));
         assert_eq!(place(&command), Some(0), "{card:?}: {acts:?}");
-        let decodes = |act: &Act| !matches!(act, Act::Write(at::COMMAND, value) if value & u32::from(MEMORY) == 0);
-        assert!(acts.iter().all(decodes), "{card:?}: {acts:?}");
         let reset = |act: &Act| match act {
             Act::Write(at::DEVICE_CONTROL, value) => value & 0x8000 != 0,
             Act::Write(at::PMCSR, value) => value & 3 == 3,
             Act::Write(register, value) => *register == at::ADVANCED + 4 && value & 1 != 0,
             _ => false,
         };
+        // What a reset has turned off may be written as it is.
+        let decodes = |act: &Act| !matches!(act, Act::Write(at::COMMAND, value) if value & u32::from(MEMORY) == 0);
+        let before = place(&reset).unwrap_or(acts.len());
+        assert!(acts[..before].iter().all(decodes), "{card:?}: {acts:?}");
         if card.express.is_some() || card.advanced || card.power.is_some() {
             assert!(last(&unmap) < place(&reset), "{card:?}: {acts:?}");
             assert_eq!(rig.hardware(NIC).resets.get(), 2, "{card:?}: at start, and now");

@@ -3,6 +3,7 @@
 //! 7.5.3) and the Advanced Features ECN.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 
 use pciback::platform::{Nanos, Width};
 
@@ -143,6 +144,15 @@ pub struct Hardware {
     pub resets: Cell<u32>,
     /// Its own resets are accepted and change nothing, as with the e1000e that QEMU 7.2 emulates.
     pub unresettable: Cell<bool>,
+    /// It stops to answer, for this long, with the read after so many more.
+    pub going: Cell<Option<(u32, Nanos)>>,
+    /// What happens to it when it is woken from D3hot.
+    pub on_waking: RefCell<Option<Box<dyn FnMut()>>>,
+    /// How many of the next writes to a register get lost on the way.
+    pub losing: RefCell<BTreeMap<u16, u32>>,
+    /// It is behind a virtual PCI layer of Xen's, which lets no address through while memory decode was written on:
+    /// Command as it was last written.
+    pub layer: Cell<Option<u16>>,
     /// What the driver domain wrote.
     pub writes: RefCell<Vec<(u16, u32)>>,
     /// Accesses to the table while the function did not decode its address: a host with firmware-first error
@@ -216,6 +226,11 @@ impl Hardware {
         self.silent.set(Some((Nanos::MAX, how)));
     }
 
+    /// It reads as ones until then.
+    pub fn fall_silent_until(&self, until: Nanos) {
+        self.silent.set(Some((until, Silence::Ones)));
+    }
+
     /// It answers again, as it was.
     pub fn come_back(&self) {
         self.silent.set(None);
@@ -248,6 +263,14 @@ impl Hardware {
     }
 
     pub fn read(&self, now: Nanos, at: u16, width: Width) -> u32 {
+        match self.going.get() {
+            Some((0, time)) => {
+                self.going.set(None);
+                self.fall_silent_until(now.saturating_add(time));
+            }
+            Some((left, time)) => self.going.set(Some((left - 1, time))),
+            None => {}
+        }
         match self.silence(now) {
             Some(Silence::Ones) => return width.mask(),
             Some(Silence::Retry) => return if at == 0 { 0xffff_0001 & width.mask() } else { width.mask() },
@@ -269,6 +292,15 @@ impl Hardware {
         if self.silence(now).is_some() {
             return;
         }
+        if let Some(left) = self.losing.borrow_mut().get_mut(&at).filter(|left| **left > 0) {
+            *left -= 1;
+            return;
+        }
+        match (at, self.layer.get()) {
+            (at::COMMAND, Some(_)) => self.layer.set(Some(value as u16)),
+            (0x10..0x28, Some(written)) if written & MEMORY != 0 => return,
+            _ => {}
+        }
         let asleep = self.state() == 3;
         let mut resets = false;
         for (at, byte) in (at..at + width.bytes()).zip(value.to_le_bytes()) {
@@ -278,6 +310,9 @@ impl Hardware {
             *held = (*held & !takes | byte & takes) & !(byte & self.clears[usize::from(at)]);
             resets |= self.flr && at == self.places.express + 9 && byte & 0x80 != 0;
             resets |= self.af && at == self.places.advanced + 4 && byte & 1 != 0;
+        }
+        if asleep && self.state() == 0 {
+            self.on_waking.borrow_mut().iter_mut().for_each(|act| act());
         }
         if self.unresettable.get() {
             return;
@@ -489,6 +524,10 @@ impl Builder {
             builder.behave(at, &mut card);
             at = usize::from(held[at + 1] & 0xfc);
         }
+        // What no list leads to works all the same.
+        if held[0xe0] == 0x13 && held[0xe2..0xe4] == [0x06, 0x03] {
+            builder.behave(0xe0, &mut card);
+        }
         let mut resources = vec!["0x0 0x0 0x0".to_string(); 7];
         let mut index = 0;
         while index < 6 {
@@ -561,6 +600,10 @@ impl Builder {
             recovery: Cell::new((100 * MS, Silence::Ones)),
             pending: Cell::new(0),
             resets: Cell::new(0),
+            going: Cell::new(None),
+            on_waking: RefCell::default(),
+            losing: RefCell::default(),
+            layer: Cell::new(None),
             writes: RefCell::default(),
             unanswered: Cell::new(0),
         }
