@@ -42,7 +42,8 @@ pub fn run(mut machine: Machine, config: &Config) -> ! {
         .filter(|sbdf| *sbdf != own)
         .collect();
     let vector = Vector::Msix { entry: 0, table_base: 0xfebc_0000 };
-    let calls = [command, Operation::Prepare, Operation::Release, Operation::Restore, Operation::Reset];
+    let calls =
+        [command, Operation::Prepare, Operation::Release, Operation::Restore, Operation::Reset { together: false }];
     told.push(("foreign", answers(&mut machine, &others, &calls)));
     let maps: Vec<Operation> =
         DOMAINS.flat_map(|guest| [Vector::Msi, vector].map(|vector| Operation::Map { guest, vector })).collect();

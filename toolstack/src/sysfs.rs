@@ -186,6 +186,12 @@ impl Sysfs {
         Ok(found)
     }
 
+    /// The bridge that a function is behind; none on a root bus.
+    pub fn bridge(&self, sbdf: Sbdf) -> Option<Sbdf> {
+        let place = fs::canonicalize(self.folder(sbdf)).ok()?;
+        place.parent()?.file_name()?.to_str()?.parse().ok()
+    }
+
     /// What is known of `sbdf`.
     ///
     /// # Errors

@@ -16,6 +16,7 @@ use crate::interrupts::Kind;
 use crate::mode::{self, InForce};
 use crate::nodes::{self, BACKEND, Link, PUBLISHED};
 use crate::platform::{ConfigSpace, Nanos, Platform, Port, Store, StoreError};
+use crate::siblings;
 use crate::topology;
 
 /// Token of the watch on all backend folders.
@@ -325,6 +326,7 @@ impl<P: Platform> Backend<P> {
         for frontend in frontends.values_mut().filter(|frontend| frontend.due().is_some_and(|due| due <= now)) {
             changed |= frontend.go_on(&mut Context { platform, devices });
         }
+        changed |= siblings::settle(&mut self.devices, self.platform.physdev(), now);
         if changed {
             // One that was handed over without dom0 gets to its next guest with it.
             self.take_control();

@@ -160,6 +160,19 @@ pub struct Device<C> {
     /// How often Xen's MSI-X state was stale and has been reset.
     stale: u32,
     report: Option<Report>,
+    /// A reset that reached the functions beside it, too, has ended; whether it may be none.
+    led: Option<Option<Doubt>>,
+}
+
+/// Whether a reset may reach a function that was asked for by another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rest {
+    /// A guest has it.
+    With(DomId),
+    /// It is being handed over.
+    Moving,
+    /// Nobody has it.
+    Still,
 }
 
 /// The configuration space of the function that the command line means, or why it is not to be had.
@@ -197,6 +210,7 @@ impl<C: ConfigSpace> Device<C> {
             untouched: false,
             stale: 0,
             report: None,
+            led: None,
         };
         device.recognise();
         device
@@ -617,9 +631,10 @@ impl<C: ConfigSpace> Device<C> {
         let Some(Function { hardware, config, control, .. }) = self.function.as_ref() else {
             return Severity::Permanent;
         };
+        let image = control.as_ref().and_then(|control| control.image.as_ref());
         if config.identity().check(hardware).is_err() {
             Severity::Permanent
-        } else if control.as_ref().is_some_and(|control| !control.image.is_in_place(hardware)) {
+        } else if image.is_some_and(|image| !image.is_in_place(hardware)) {
             Severity::Fatal
         } else {
             Severity::NonFatal
@@ -635,7 +650,10 @@ impl<C: ConfigSpace> Device<C> {
         let Some(Function { hardware, config, interrupts, control: Some(control), .. }) = self.function.as_mut() else {
             return Ok(());
         };
-        control.image.restore(hardware, sbdf)?;
+        if let Some(image) = &control.image {
+            image.restore(hardware).map_err(|lost| format!("{lost}: reset it from dom0 or power-cycle the host"))?;
+            image.tell_lost(hardware, sbdf);
+        }
         config.was_reset();
         if interrupts.is_mapped()
             && let Err(error) = physdev.restore_msi(sbdf)
@@ -698,6 +716,10 @@ impl<C: ConfigSpace> Device<C> {
         };
         let Some(mut subject) = self.subject(physdev) else { return false };
         let progress = handover.advance(&mut subject, now);
+        if handover.has_led() {
+            self.led.get_or_insert(handover.doubt());
+            handover.dismiss();
+        }
         if !matches!(progress, Progress::Ready(_)) && self.is_stalled(physdev) {
             // It begins anew with the next session.
             handover.park();
@@ -727,11 +749,25 @@ impl<C: ConfigSpace> Device<C> {
                                 ),
                                 "reset=bus",
                             ),
+                            Doubt::NotDone(error @ PhysdevError::SharedWithOthers) => (
+                                format!(
+                                    "dom0 does not reset it: {error}: the same reset would reach a function that is not this \
+                                     domain's (its log names it), so what a guest started in it may go on with the next"
+                                ),
+                                "to pass that one through this domain",
+                            ),
                             Doubt::NotDone(error) => (
                                 format!(
                                     "dom0 does not reset it: {error}, so what a guest started in it may go on with the next"
                                 ),
                                 "another reset=",
+                            ),
+                            Doubt::Beside(beside, guest) => (
+                                format!(
+                                    "it is not reset, as the same reset would reach {beside}, which domain {guest} has, so \
+                                     what a guest started in it may go on with the next"
+                                ),
+                                "one guest for both",
                             ),
                         };
                         if self.entry.strict {
@@ -758,6 +794,55 @@ impl<C: ConfigSpace> Device<C> {
             log::error!("{}: broken: {why}", self.entry.sbdf);
         }
         true
+    }
+
+    /// Whether a reset may reach it.
+    pub fn rest(&self) -> Rest {
+        match (&self.state, &self.handover) {
+            (State::InUse(guest), _) => Rest::With(*guest),
+            (_, Some(handover)) if !handover.gathers() => Rest::Moving,
+            _ => Rest::Still,
+        }
+    }
+
+    /// Whether its reset waits for the functions beside it to be at rest.
+    pub fn gathers(&self) -> bool {
+        self.handover.is_some_and(|handover| handover.gathers())
+    }
+
+    /// They are: dom0 resets them all. True if it does.
+    pub fn lead<P: Physdev>(&mut self, physdev: &mut P, now: Nanos) -> bool {
+        let Some(mut handover) = self.handover else { return false };
+        let leads = self.subject(physdev).is_some_and(|mut subject| handover.lead(&mut subject, now));
+        self.handover = Some(handover);
+        leads
+    }
+
+    /// dom0 resets it with a function beside it. One that this domain has no control of is left as it is.
+    pub fn accompany(&mut self, now: Nanos) {
+        let Some(function) = self.function.as_mut().filter(|function| function.control.is_some()) else { return };
+        function.waking = None;
+        self.handover = Some(HandOver::accompany(now));
+        self.state = State::Resetting;
+    }
+
+    /// Takes the news that a reset of this function and those beside it has ended.
+    pub fn take_led(&mut self) -> Option<Option<Doubt>> {
+        self.led.take()
+    }
+
+    /// The reset of the function beside it has ended, if it was for this one, too.
+    pub fn leave_company(&mut self, doubt: Option<Doubt>, now: Nanos) {
+        if let Some(handover) = self.handover.as_mut().filter(|handover| handover.accompanies()) {
+            handover.go_on(doubt, now);
+        }
+    }
+
+    /// Its reset would reach a function that is in use: it is not done.
+    pub fn stay_alone(&mut self, beside: Sbdf, guest: DomId, now: Nanos) {
+        if let Some(handover) = self.handover.as_mut() {
+            handover.go_on(Some(Doubt::Beside(beside, guest)), now);
+        }
     }
 
     /// This domain ends: the guest's vectors go, bus mastering goes off, and Xen gets the MSI-X table back.

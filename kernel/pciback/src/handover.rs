@@ -16,7 +16,8 @@
 //!    |
 //!  reset: PCIe FLR, AF FLR, D3hot and back, or by dom0 on request
 //!    |
-//!  Asleep, Bus, Settle -- the time the specification gives the function
+//!  Asleep, Settle -- the time the specification gives the function
+//!  Bus, Gather, Company -- by dom0; with the functions beside it, if there is no other way ([`crate::siblings`])
 //!    |
 //!  Answer -- until it answers again, or the time is over: broken
 //!    |
@@ -37,7 +38,7 @@ use crate::image::Image;
 use crate::interrupts::{Interrupts, Means};
 use crate::msix_state::{self, Clean, Dirty};
 use crate::physdev::{Physdev, PhysdevError};
-use crate::platform::{ConfigSpace, Nanos, Width};
+use crate::platform::{ConfigSpace, DomId, Nanos, Width};
 use crate::reset_quirks::{self, Quirk};
 use crate::sbdf::Sbdf;
 
@@ -69,6 +70,9 @@ const BUS: Nanos = 70_000 * MS;
 const BUS_PAUSE: Nanos = 50 * MS;
 /// The longest pause between two looks whether it answers; the first is 1 ms and each is twice the one before.
 const ANSWER_PAUSE: Nanos = 128 * MS;
+
+/// Why a function is of no use that dom0's kernel has in hand.
+const NOT_FINISHED: &str = "dom0 does not finish its reset: see dmesg of dom0";
 
 /// How a function is reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -177,6 +181,10 @@ enum Step {
     Asleep,
     /// dom0 resets it; given up at this time.
     Bus { until: Nanos },
+    /// dom0 resets it only together with the functions beside it, which are not at rest; given up at this time.
+    Gather { until: Nanos },
+    /// dom0 resets a function beside it, and with that this one; given up at this time.
+    Company { until: Nanos },
     /// The reset has been done, and the function must not be touched yet.
     Settle,
     /// It may answer with nothing yet; given up when the patience is over.
@@ -230,6 +238,8 @@ pub enum Doubt {
     KeptAddresses,
     /// dom0 did not reset it.
     NotDone(PhysdevError),
+    /// Its reset would have reached this function, which a guest has.
+    Beside(Sbdf, DomId),
 }
 
 /// What a hand-over works on.
@@ -299,6 +309,8 @@ pub struct HandOver {
     repeated: bool,
     /// The image is being put back.
     restoring: bool,
+    /// dom0 resets others with it.
+    leads: bool,
 }
 
 impl HandOver {
@@ -314,7 +326,7 @@ impl HandOver {
     }
 
     const fn at(step: Step, due: Nanos) -> HandOver {
-        HandOver { step, due, doubt: None, patience: 0, repeated: false, restoring: false }
+        HandOver { step, due, doubt: None, patience: 0, repeated: false, restoring: false, leads: false }
     }
 
     /// When [`HandOver::advance`] is to be called; `None` if something else brings it on.
@@ -380,6 +392,13 @@ impl HandOver {
                 Progress::Until(now.saturating_add(POWER))
             }
             Step::Bus { until } => self.wait_for_dom0(subject, now, until),
+            Step::Gather { until } if now < until => Progress::Until(now.saturating_add(BUS_PAUSE)),
+            Step::Gather { .. } => {
+                self.doubt = Some(Doubt::NotDone(PhysdevError::Shared));
+                self.recover(subject, now)
+            }
+            Step::Company { until } if now < until => Progress::Until(until),
+            Step::Company { .. } => Progress::Broken(String::from(NOT_FINISHED)),
             Step::Settle => self.recover(subject, now),
             Step::Answer { pause } => self.answer(subject, now, pause),
             Step::Restore { until } => self.restore(subject, now, until),
@@ -486,10 +505,14 @@ impl HandOver {
 
     /// Has dom0 reset it.
     fn ask_dom0<C: ConfigSpace, P: Physdev>(&mut self, subject: &mut Subject<'_, C, P>, now: Nanos) -> Progress {
-        match subject.physdev.reset(subject.sbdf) {
+        match subject.physdev.reset(subject.sbdf, false) {
             // Busy: with an earlier wish for the same.
             Ok(()) | Err(PhysdevError::Busy) => {
                 self.step = Step::Bus { until: now.saturating_add(BUS) };
+                Progress::Until(now.saturating_add(BUS_PAUSE))
+            }
+            Err(PhysdevError::Shared) => {
+                self.step = Step::Gather { until: now.saturating_add(BUS) };
                 Progress::Until(now.saturating_add(BUS_PAUSE))
             }
             Err(error) => {
@@ -497,6 +520,53 @@ impl HandOver {
                 self.recover(subject, now)
             }
         }
+    }
+
+    /// Whether its reset waits for the functions beside it to be at rest.
+    pub fn gathers(&self) -> bool {
+        matches!(self.step, Step::Gather { .. })
+    }
+
+    /// All of them are: dom0 resets them all. True if it does.
+    pub fn lead<C: ConfigSpace, P: Physdev>(&mut self, subject: &mut Subject<'_, C, P>, now: Nanos) -> bool {
+        match subject.physdev.reset(subject.sbdf, true) {
+            Ok(()) => {
+                self.step = Step::Bus { until: now.saturating_add(BUS) };
+                self.leads = true;
+                self.due = now.saturating_add(BUS_PAUSE);
+            }
+            Err(error) => self.go_on(Some(Doubt::NotDone(error)), now),
+        }
+        self.leads
+    }
+
+    /// The hand-over of a function that dom0 resets with one beside it.
+    pub fn accompany(now: Nanos) -> HandOver {
+        // Not sooner than the other one gives up.
+        let until = now.saturating_add(2 * BUS);
+        HandOver::at(Step::Company { until }, until)
+    }
+
+    /// Whether it is reset with a function beside it.
+    pub fn accompanies(&self) -> bool {
+        matches!(self.step, Step::Company { .. })
+    }
+
+    /// Whether the reset of several functions that it had asked for has ended.
+    pub fn has_led(&self) -> bool {
+        self.leads && !matches!(self.step, Step::Bus { .. })
+    }
+
+    /// The others have been told.
+    pub fn dismiss(&mut self) {
+        self.leads = false;
+    }
+
+    /// A reset that it shared has ended, or is not done.
+    pub fn go_on(&mut self, doubt: Option<Doubt>, now: Nanos) {
+        self.doubt = doubt;
+        self.step = Step::Settle;
+        self.due = now;
     }
 
     fn wait_for_dom0<C: ConfigSpace, P: Physdev>(
@@ -507,10 +577,11 @@ impl HandOver {
     ) -> Progress {
         match subject.physdev.reset_done(subject.sbdf) {
             Ok(false) if now < until => return Progress::Until(now.saturating_add(BUS_PAUSE)),
-            Ok(false) => return Progress::Broken(String::from("dom0 does not finish its reset: see dmesg of dom0")),
+            Ok(false) => return Progress::Broken(String::from(NOT_FINISHED)),
             Ok(true) => {}
             Err(error) => self.doubt = Some(Doubt::NotDone(error)),
         }
+        self.step = Step::Settle;
         self.recover(subject, now)
     }
 

@@ -31,6 +31,7 @@ pub mod platform;
 pub mod reset_quirks;
 pub mod sbdf;
 pub mod serve;
+pub mod siblings;
 pub mod throttle;
 pub mod topology;
 pub mod wire;

@@ -47,6 +47,10 @@ pub enum PhysdevError {
     NotImplemented,
     /// ENODATA: prepare_msix was not called before.
     NotPrepared,
+    /// EUSERS: dom0's kernel can reset the function only together with others, which are this domain's.
+    Shared,
+    /// EADDRINUSE: it can reset the function only together with others, of which one is not this domain's.
+    SharedWithOthers,
     /// EOPNOTSUPP: no interrupt remapping, or MSI is off in Xen.
     NotSupported,
     /// ENOTCONN: dom0, which is to make the call, is not connected, or did not answer. Whether the call was made is
@@ -76,6 +80,8 @@ impl PhysdevError {
             28 => PhysdevError::NoPirq,
             38 => PhysdevError::NotImplemented,
             61 => PhysdevError::NotPrepared,
+            87 => PhysdevError::Shared,
+            98 => PhysdevError::SharedWithOthers,
             95 => PhysdevError::NotSupported,
             107 => PhysdevError::NotConnected,
             other => PhysdevError::Other(other),
@@ -101,6 +107,8 @@ impl PhysdevError {
             PhysdevError::NoPirq => 28,
             PhysdevError::NotImplemented => 38,
             PhysdevError::NotPrepared => 61,
+            PhysdevError::Shared => 87,
+            PhysdevError::SharedWithOthers => 98,
             PhysdevError::NotSupported => 95,
             PhysdevError::NotConnected => 107,
             PhysdevError::Other(errno) => errno,
@@ -126,6 +134,8 @@ impl PhysdevError {
             PhysdevError::NoPirq => "ENOSPC",
             PhysdevError::NotImplemented => "ENOSYS",
             PhysdevError::NotPrepared => "ENODATA",
+            PhysdevError::Shared => "EUSERS",
+            PhysdevError::SharedWithOthers => "EADDRINUSE",
             PhysdevError::NotSupported => "EOPNOTSUPP",
             PhysdevError::NotConnected => "ENOTCONN",
             PhysdevError::Other(_) => "errno",
@@ -217,12 +227,14 @@ pub trait Physdev {
         Ok(())
     }
 
-    /// Has dom0's kernel start the reset it has for the function.
+    /// Has dom0's kernel start the reset it has for the function; with `together` one that reaches all functions on its
+    /// bus, for which they must all be at rest.
     ///
     /// # Errors
-    /// What dom0 answers; [`PhysdevError::NotImplemented`] where dom0 cannot be asked.
-    fn reset(&mut self, sbdf: Sbdf) -> Result<(), PhysdevError> {
-        let _ = sbdf;
+    /// What dom0 answers: without `together`, [`PhysdevError::Shared`] if only such a reset can be done;
+    /// [`PhysdevError::NotImplemented`] where dom0 cannot be asked.
+    fn reset(&mut self, sbdf: Sbdf, together: bool) -> Result<(), PhysdevError> {
+        let _ = (sbdf, together);
         Err(PhysdevError::NotImplemented)
     }
 

@@ -5,6 +5,7 @@
 //! It waits for events: xenstore watches, channels, the end of attachments, signals. Everything that is there when it
 //! starts is found, so it can be ended and started at any point.
 
+pub mod bus;
 pub mod desk;
 pub mod journal;
 pub mod office;

@@ -18,6 +18,7 @@ use pciback::platform::{DomId, Width};
 use pciback::sbdf::Sbdf;
 use pciback::throttle::Throttle;
 
+use super::bus::Bus;
 use super::journal::{Journal, Mapping};
 use super::rules::Rules;
 use crate::domains::Driver;
@@ -46,6 +47,8 @@ struct Function {
     kept: BTreeSet<Mapping>,
     guest: Option<(DomId, Instant)>,
     reset: Option<JoinHandle<Result<(), String>>>,
+    /// The function whose reset reaches this one, too.
+    reset_with: Option<Sbdf>,
 }
 
 /// One driver domain's office.
@@ -96,6 +99,7 @@ impl<'a> Office<'a> {
                 kept: BTreeSet::new(),
                 guest: None,
                 reset: None,
+                reset_with: None,
             };
             (device.sbdf, function)
         };
@@ -156,9 +160,15 @@ impl<'a> Office<'a> {
     }
 
     fn operate(&mut self, sbdf: Sbdf, operation: Operation) -> Result<u32, Refusal> {
+        let leader = self.functions.get(&sbdf).and_then(|function| function.reset_with);
+        let together = leader.and_then(|leader| self.functions.get(&leader)?.reset.as_ref());
+        if together.is_some_and(|reset| !reset.is_finished()) {
+            return refused(PhysdevError::Busy, "a request while dom0 resets the bus it is on");
+        }
         let Some(function) = self.functions.get_mut(&sbdf) else {
             return refused(PhysdevError::NotPermitted, "its xl configuration (dev=) does not list this function");
         };
+        function.reset_with = None;
         if function.reset.as_ref().is_some_and(|reset| !reset.is_finished())
             && !matches!(operation, Operation::ResetDone)
         {
@@ -182,7 +192,7 @@ impl<'a> Office<'a> {
                 }
                 unmap(self.calls, function, (guest, pirq)).map(|()| 0).map_err(xen)
             }
-            Operation::Reset => self.reset(sbdf),
+            Operation::Reset { together } => self.reset(sbdf, together),
             Operation::ResetDone => match function.reset.take() {
                 None => refused(PhysdevError::NotFound, "no reset was asked for"),
                 Some(running) if !running.is_finished() => {
@@ -351,7 +361,9 @@ impl<'a> Office<'a> {
         }
     }
 
-    fn reset(&mut self, sbdf: Sbdf) -> Result<u32, Refusal> {
+    /// Has dom0's kernel reset the function: alone, if it can; else with the functions on its bus, if these are this
+    /// driver domain's and it says that they are at rest.
+    fn reset(&mut self, sbdf: Sbdf, together: bool) -> Result<u32, Refusal> {
         self.owned(sbdf)?;
         let Some(function) = self.functions.get_mut(&sbdf) else { return Err((PhysdevError::NoDevice, None)) };
         if function.reset.is_some() {
@@ -360,11 +372,19 @@ impl<'a> Office<'a> {
         if !function.journal.mapped().is_empty() {
             return refused(PhysdevError::Invalid, "a reset with vectors mapped");
         }
-        if !self.sysfs.has(sbdf, "reset") {
+        let wish = function.entry.reset == Reset::Bus;
+        let alone = self.sysfs.has(sbdf, "reset");
+        // The kernel has the method for the only function of a bus.
+        if !alone || wish {
+            let shared = Bus::of(&self.sysfs, sbdf);
+            if let Some(bus) = shared {
+                return self.reset_bus(sbdf, bus, together);
+            }
+        }
+        if !alone {
             return refused(PhysdevError::NotFound, "dom0's kernel has no reset for it");
         }
-        let (sysfs, bus) =
-            (self.sysfs.clone(), function.entry.reset == Reset::Bus && self.sysfs.has(sbdf, "reset_method"));
+        let (sysfs, bus) = (self.sysfs.clone(), wish && self.sysfs.has(sbdf, "reset_method"));
         function.reset = Some(std::thread::spawn(move || {
             let set = |attribute: &str, value: &str| sysfs.set(sbdf, attribute, value).map_err(|failure| failure.what);
             if !bus {
@@ -375,6 +395,42 @@ impl<'a> Office<'a> {
             set("reset_method", "default")?;
             done
         }));
+        Ok(0)
+    }
+
+    /// Resets all functions on a bus: none that is another's, that dom0 has, or that has vectors.
+    fn reset_bus(&mut self, sbdf: Sbdf, bus: Bus, together: bool) -> Result<u32, Refusal> {
+        for other in bus.functions() {
+            let Some(function) = self.functions.get_mut(other) else {
+                return refused(
+                    PhysdevError::SharedWithOthers,
+                    format!("its reset would reach {other}, which is not this driver domain's (dev=)"),
+                );
+            };
+            if owned(&self.sysfs, *other, function).is_err() {
+                return refused(
+                    PhysdevError::SharedWithOthers,
+                    format!(
+                        "its reset would reach {other}, which dom0 has itself (xl-pciback assignable-add takes it)"
+                    ),
+                );
+            }
+            if together && (!function.journal.mapped().is_empty() || function.reset.is_some()) {
+                return refused(PhysdevError::Invalid, format!("its reset would reach {other}, which is not at rest"));
+            }
+        }
+        if !together {
+            return Err((PhysdevError::Shared, None));
+        }
+        for other in bus.functions() {
+            if let Some(function) = self.functions.get_mut(other) {
+                function.reset_with = Some(sbdf).filter(|sbdf| sbdf != other);
+            }
+        }
+        let sysfs = self.sysfs.clone();
+        if let Some(function) = self.functions.get_mut(&sbdf) {
+            function.reset = Some(std::thread::spawn(move || bus.reset(&sysfs)));
+        }
         Ok(0)
     }
 
@@ -508,6 +564,7 @@ mod tests {
     const NIC: &str = "0000:01:00.0";
     const OTHER: &str = "0000:02:00.0";
     const BAR: u64 = 0xfebc_0000;
+    const RESET: Operation = Operation::Reset { together: false };
 
     /// Xen and xenstore, which record.
     #[derive(Default)]
@@ -624,7 +681,12 @@ mod tests {
         }
 
         fn office(&self) -> Office<'_> {
-            let (config, _) = pciback::cmdline::parse(&format!("ecam=0000:00-ff@b0000000 dev={NIC}"));
+            self.office_of(&[NIC])
+        }
+
+        fn office_of(&self, functions: &[&str]) -> Office<'_> {
+            let devices: String = functions.iter().map(|sbdf| format!(" dev={sbdf}")).collect();
+            let (config, _) = pciback::cmdline::parse(&format!("ecam=0000:00-ff@b0000000{devices}"));
             let driver = Driver { domid: 2, name: "p0".into(), config };
             let mut office = Office::open(
                 &self.fake,
@@ -683,9 +745,7 @@ mod tests {
         assert_eq!(host.ask(&mut office, NIC, write(4, 2)), Ok(0));
         // As `assignable-remove` does it: no driver can have it before the name is another one.
         fs::write(host.path(NIC, "driver_override"), "(null)\n").unwrap();
-        for operation in
-            [write(4, 6), Operation::Prepare, Operation::Release, Operation::Restore, map(7, 0), Operation::Reset]
-        {
+        for operation in [write(4, 6), Operation::Prepare, Operation::Release, Operation::Restore, map(7, 0), RESET] {
             assert_eq!(host.ask(&mut office, NIC, operation), Err(PhysdevError::Busy), "{operation:?}");
         }
         std::os::unix::fs::symlink("../drivers/e1000e", host.path(NIC, "driver")).unwrap();
@@ -802,7 +862,7 @@ mod tests {
             let _ = held.recv();
             Ok(())
         }));
-        for operation in [write(4, 2), Operation::Prepare, Operation::Restore, map(7, 0), Operation::Reset] {
+        for operation in [write(4, 2), Operation::Prepare, Operation::Restore, map(7, 0), RESET] {
             assert_eq!(host.ask(&mut office, NIC, operation), Err(PhysdevError::Busy), "{operation:?}");
         }
         assert_eq!(host.ask(&mut office, NIC, Operation::ResetDone), Ok(0));
@@ -810,13 +870,110 @@ mod tests {
         while host.ask(&mut office, NIC, Operation::ResetDone) == Ok(0) {
             std::thread::yield_now();
         }
-        assert_eq!(host.ask(&mut office, NIC, Operation::Reset), Ok(0));
+        assert_eq!(host.ask(&mut office, NIC, RESET), Ok(0));
         while host.ask(&mut office, NIC, Operation::ResetDone) == Ok(0) {
             std::thread::yield_now();
         }
         assert_eq!(fs::read(host.path(NIC, "reset")).unwrap(), b"1");
         assert_eq!(host.ask(&mut office, NIC, map(7, 0)), Ok(55));
-        assert_eq!(host.ask(&mut office, NIC, Operation::Reset), Err(PhysdevError::Invalid), "with vectors mapped");
+        assert_eq!(host.ask(&mut office, NIC, RESET), Err(PhysdevError::Invalid), "with vectors mapped");
+    }
+
+    const BRIDGE: &str = "0000:00:1c.0";
+    const BESIDE: &str = "0000:01:00.1";
+    const TOGETHER: Operation = Operation::Reset { together: true };
+
+    /// NIC and BESIDE on the bus behind BRIDGE, which has this PCI Express slot; neither with a reset of its own.
+    fn behind_a_bridge(name: &str, slot: u8) -> Host {
+        let host = Host::new(name);
+        let real = host.root.join("sys/devices/pci0000:00").join(BRIDGE);
+        fs::create_dir_all(&real).unwrap();
+        let mut space = vec![0; 256];
+        (space[0x06], space[0x0e], space[0x34], space[0x3e]) = (0x10, 1, 0x40, 0x12);
+        space[0x40..0x44].copy_from_slice(&[0x10, 0, 0x42, 0x01]);
+        space[0x54] = slot;
+        fs::write(real.join("config"), space).unwrap();
+        let link = |sbdf: &str, to: &std::path::Path| {
+            std::os::unix::fs::symlink(to, host.root.join("sys/bus/pci/devices").join(sbdf)).unwrap();
+        };
+        link(BRIDGE, &real);
+        let nic = host.root.join("sys/bus/pci/devices").join(NIC);
+        fs::remove_file(nic.join("reset")).unwrap();
+        for sbdf in [NIC, BESIDE] {
+            fs::create_dir(real.join(sbdf)).unwrap();
+            for file in ["config", "vendor", "device", "class", "irq", "driver_override", "resource"] {
+                fs::copy(nic.join(file), real.join(sbdf).join(file)).unwrap();
+            }
+        }
+        fs::remove_dir_all(&nic).unwrap();
+        link(NIC, &real.join(NIC));
+        link(BESIDE, &real.join(BESIDE));
+        host
+    }
+
+    fn bridge_control(host: &Host) -> u8 {
+        fs::read(host.path(BRIDGE, "config")).unwrap()[0x3e]
+    }
+
+    /// Case 37: QubesOS issues 4818 and 1393: a function in use behind the same bridge.
+    #[test]
+    fn a_bus_is_reset_only_if_all_on_it_are_this_domains_and_at_rest() {
+        let host = behind_a_bridge("bus", 0);
+        let mut office = host.office_of(&[NIC]);
+        for operation in [RESET, TOGETHER] {
+            let refused = Err(PhysdevError::SharedWithOthers);
+            assert_eq!(host.ask(&mut office, NIC, operation), refused, "the other one is not listed");
+        }
+        drop(office);
+        let mut office = host.office_of(&[NIC, BESIDE]);
+        assert_eq!(host.ask(&mut office, NIC, RESET), Err(PhysdevError::Shared));
+        fs::write(host.path(BESIDE, "driver_override"), "(null)\n").unwrap();
+        assert_eq!(host.ask(&mut office, NIC, TOGETHER), Err(PhysdevError::SharedWithOthers), "dom0 has it");
+        fs::write(host.path(BESIDE, "driver_override"), "pciback-stubdom\n").unwrap();
+        host.fake.guest.set(Some(7));
+        let sbdf: Sbdf = BESIDE.parse().unwrap();
+        office.functions.get_mut(&sbdf).unwrap().journal.end(Some(((7, 50), Some(0))));
+        assert_eq!(host.ask(&mut office, NIC, TOGETHER), Err(PhysdevError::Invalid), "it has a vector");
+        office.functions.get_mut(&sbdf).unwrap().journal.unmapped((7, 50));
+        assert_eq!(bridge_control(&host), 0x12);
+
+        assert_eq!(host.ask(&mut office, NIC, TOGETHER), Ok(0));
+        // The bit is set for a moment, and neither may be touched before all is done.
+        for operation in [write(4, 2), Operation::Prepare, RESET, TOGETHER] {
+            for sbdf in [NIC, BESIDE] {
+                assert_eq!(host.ask(&mut office, sbdf, operation), Err(PhysdevError::Busy), "{sbdf} {operation:?}");
+            }
+        }
+        while host.ask(&mut office, NIC, Operation::ResetDone) == Ok(0) {
+            std::thread::yield_now();
+        }
+        assert_eq!(bridge_control(&host), 0x12);
+        assert_eq!(host.ask(&mut office, BESIDE, write(4, 2)), Ok(0));
+    }
+
+    #[test]
+    fn a_bus_is_reset_the_way_its_bridge_allows() {
+        // A port that takes the loss of its link for a removal.
+        let host = behind_a_bridge("hot-plug", 0x40);
+        let mut office = host.office_of(&[NIC, BESIDE]);
+        let end = |office: &mut Office<'_>| loop {
+            match host.ask(office, NIC, Operation::ResetDone) {
+                Ok(0) => std::thread::yield_now(),
+                done => break done,
+            }
+        };
+        assert_eq!(host.ask(&mut office, NIC, TOGETHER), Ok(0));
+        assert_eq!(end(&mut office), Err(PhysdevError::Failed));
+        // A kernel that knows better.
+        fs::write(host.path(BRIDGE, "reset_subordinate"), "").unwrap();
+        assert_eq!(host.ask(&mut office, NIC, TOGETHER), Ok(0));
+        assert_eq!(end(&mut office), Ok(1));
+        assert_eq!(fs::read(host.path(BRIDGE, "reset_subordinate")).unwrap(), b"1");
+        // A function that does not come back from it.
+        fs::write(host.path(BESIDE, "vendor"), "0x168c\n").unwrap();
+        fs::write(host.path(BESIDE, "device"), "0x0030\n").unwrap();
+        assert_eq!(host.ask(&mut office, NIC, TOGETHER), Ok(0));
+        assert_eq!(end(&mut office), Err(PhysdevError::Failed));
     }
 
     #[test]

@@ -15,7 +15,7 @@
 //! 14 u16 guest
 //! 16 u16 offset, or entry
 //! 18 u16 0
-//! 20 u32 value, or pirq
+//! 20 u32 value, or pirq, or 1 for a reset of all on the bus
 //! 24 u64 table base
 //! ```
 //!
@@ -27,7 +27,7 @@ use crate::platform::{DomId, Width};
 use crate::sbdf::Sbdf;
 
 /// Version of the protocol. Both ends must have the same.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Where the driver domain's end is announced, below its own directory: libxenvchan's `ring-ref` and `event-channel`.
 pub const CHANNEL: &str = "data/pciback/channel";
@@ -70,7 +70,10 @@ pub enum Operation {
         pirq: Pirq,
     },
     /// Starts the reset that dom0's kernel has for the function.
-    Reset,
+    Reset {
+        /// One that reaches all functions on its bus, which are at rest.
+        together: bool,
+    },
     /// Asks whether that reset is done: the value is 1 then, 0 before.
     ResetDone,
     /// The driver domain knows of this mapping: see [`Operation::Settle`].
@@ -150,7 +153,7 @@ impl Fields {
                 Fields { guest, at: entry, base: table_base, ..only(number::MAP_MSIX) }
             }
             Operation::Unmap { guest, pirq } => Fields { guest, value: pirq.cast_unsigned(), ..only(number::UNMAP) },
-            Operation::Reset => only(number::RESET),
+            Operation::Reset { together } => Fields { value: together.into(), ..only(number::RESET) },
             Operation::ResetDone => only(number::RESET_DONE),
             Operation::Keep { guest, pirq } => Fields { guest, value: pirq.cast_unsigned(), ..only(number::KEEP) },
             Operation::Settle => only(number::SETTLE),
@@ -179,7 +182,7 @@ impl Fields {
                 Operation::Map { guest, vector: Vector::Msix { entry, table_base: base } }
             }
             number::UNMAP => Operation::Unmap { guest, pirq: Pirq::try_from(value).ok()? },
-            number::RESET => Operation::Reset,
+            number::RESET => Operation::Reset { together: value == 1 },
             number::RESET_DONE => Operation::ResetDone,
             number::KEEP => Operation::Keep { guest, pirq: Pirq::try_from(value).ok()? },
             number::SETTLE => Operation::Settle,
@@ -301,7 +304,8 @@ mod tests {
             Operation::Map { guest: 7, vector: Vector::MultiMsi { count: 32 } },
             Operation::Map { guest: 7, vector: Vector::Msix { entry: 2047, table_base: 0x1122_3344_5566_7000 } },
             Operation::Unmap { guest: 7, pirq: 151 },
-            Operation::Reset,
+            Operation::Reset { together: false },
+            Operation::Reset { together: true },
             Operation::ResetDone,
             Operation::Keep { guest: 7, pirq: 151 },
             Operation::Settle,
@@ -323,11 +327,11 @@ mod tests {
         let bytes = request(Operation::Write { offset: 0x4a, width: Width::Word, value: 0xc004 }).encode();
         assert_eq!(bytes[12..24], [1, 2, 0, 0, 0x4a, 0, 0, 0, 0x04, 0xc0, 0, 0]);
         let numbers: Vec<u8> = all().into_iter().map(|operation| request(operation).encode()[12]).collect();
-        assert_eq!(numbers, [1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]);
+        assert_eq!(numbers, [1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 10, 11, 12, 13]);
         let answer = Answer { session: 0x1122_3344, sequence: 1, errno: 28, value: 0x5566_7788 };
         assert_eq!(answer.encode(), [0x44, 0x33, 0x22, 0x11, 1, 0, 0, 0, 28, 0, 0, 0, 0x88, 0x77, 0x66, 0x55]);
         assert_eq!(Answer::decode(&answer.encode()), answer);
-        assert_eq!(Answer::hello(9).encode()[4..16], [0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0]);
+        assert_eq!(Answer::hello(9).encode()[4..16], [0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0]);
     }
 
     #[test]

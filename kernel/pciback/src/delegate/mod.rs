@@ -299,8 +299,11 @@ impl<P: Physdev, L: Line> Physdev for RoutedPhysdev<P, L> {
         self.ask(sbdf, Operation::Settle).map(drop)
     }
 
-    fn reset(&mut self, sbdf: Sbdf) -> Result<(), PhysdevError> {
-        if self.by_dom0 { self.ask(sbdf, Operation::Reset).map(drop) } else { Err(PhysdevError::NotImplemented) }
+    fn reset(&mut self, sbdf: Sbdf, together: bool) -> Result<(), PhysdevError> {
+        if !self.by_dom0 {
+            return Err(PhysdevError::NotImplemented);
+        }
+        self.ask(sbdf, Operation::Reset { together }).map(drop)
     }
 
     fn reset_done(&mut self, sbdf: Sbdf) -> Result<bool, PhysdevError> {

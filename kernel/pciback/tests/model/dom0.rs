@@ -45,7 +45,11 @@ pub struct Dom0 {
     pub can_reset: Cell<bool>,
     pub reset_time: Cell<Nanos>,
     pub reset_errno: Cell<u32>,
-    resetting: RefCell<Option<(Sbdf, Nanos)>>,
+    /// Its kernel resets functions on a bus with several only all together; what it answers to a wish for one alone.
+    pub alone_errno: Cell<Option<i32>>,
+    resetting: RefCell<Option<(Sbdf, Nanos, bool)>>,
+    /// Resets that were begun, and whether of all on the bus.
+    pub resets: RefCell<Vec<(Sbdf, bool)>>,
 }
 
 impl World {
@@ -164,15 +168,24 @@ impl World {
                 }
                 done.map(|()| 0)
             }
-            Operation::Reset if !dom0.can_reset.get() => Err(2),
-            Operation::Reset => {
-                dom0.resetting.replace(Some((sbdf, self.now.get() + dom0.reset_time.get())));
+            Operation::Reset { .. } if !dom0.can_reset.get() => Err(2),
+            Operation::Reset { together: false } if dom0.alone_errno.get().is_some() => {
+                Err(dom0.alone_errno.get().unwrap_or_default())
+            }
+            Operation::Reset { together } => {
+                dom0.resetting.replace(Some((sbdf, self.now.get() + dom0.reset_time.get(), together)));
+                dom0.resets.borrow_mut().push((sbdf, together));
                 Ok(0)
             }
             Operation::ResetDone => match *dom0.resetting.borrow() {
-                Some((_, end)) if self.now.get() < end => Ok(0),
-                Some((sbdf, _)) if dom0.reset_errno.get() == 0 => {
-                    self.hardware.borrow()[&sbdf].reset(self.now.get(), (0, super::hardware::Silence::Ones));
+                Some((_, end, _)) if self.now.get() < end => Ok(0),
+                Some((sbdf, _, together)) if dom0.reset_errno.get() == 0 => {
+                    let reached = |other: &Sbdf| {
+                        *other == sbdf || together && (other.segment(), other.bus()) == (sbdf.segment(), sbdf.bus())
+                    };
+                    for (_, function) in self.hardware.borrow().iter().filter(|(other, _)| reached(other)) {
+                        function.reset(self.now.get(), (0, super::hardware::Silence::Ones));
+                    }
                     Ok(1)
                 }
                 _ => Err(dom0.reset_errno.get().cast_signed()),
