@@ -163,8 +163,6 @@ fn a_card_with_a_reset_of_its_own_kind_is_left_to_dom0() {
         assert!(rig.reason(NIC).contains("not for this function"), "{}", rig.reason(NIC));
     }
     assert_eq!(choice(&|| full(0x1425, 0x5407, true)), words("flr", "flr"), "T5");
-    let (rig, _) = host(Flavour::Stock417, full(0x144d, 0xa804, true), "");
-    rig.world.dom0.can_reset.set(true);
 }
 
 /// Case 36: the order of the methods.
