@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::rc::Rc;
 
-use model::hardware::{BAR0, INTX_DISABLE, MASTER, MS, MSI_ENABLE, at};
+use model::hardware::{BAR0, MASTER, MS, MSI_ENABLE, at};
 use model::logs::{self, heard, listen};
 use model::xen::Stage;
 use model::{Card, DRIVER, Guest, Hardware, OWN_WATCHES, Rig, World, boot_in};
@@ -429,11 +429,11 @@ impl Game {
                 let dword = |at: u16| u32::from_le_bytes(self.before[sbdf][usize::from(at)..][..4].try_into().unwrap());
                 let held = |at: u16| dword(at & !3) >> (8 * (at & 3));
                 let fine = match offset {
-                    // Memory and ports stay on (XSA-120), and nobody's function is a bus master. One that has just woken
-                    // in a hand-over has lost them already.
+                    // Memory and ports stay on (XSA-120), and nobody's function is a bus master. A hand-over writes them
+                    // as off where a reset has turned them off, before the addresses; what counts is how it ends.
                     at::COMMAND => {
-                        let idle = value == u32::from(INTX_DISABLE);
-                        value & !0x07ff == 0 && (value & 3 == 3 || idle) && (used || value & u32::from(MASTER) == 0)
+                        let off = value & 7 == 0;
+                        value & !0x07ff == 0 && (value & 3 == 3 || off) && (used || value & u32::from(MASTER) == 0)
                     }
                     0x0c | 0x0d | 0x3c => value <= 0xff,
                     0x0f => value == 0x40,
