@@ -1,7 +1,7 @@
 //! Errors that dom0 reports of a function: what the guest is asked, what its answers lead to, and what becomes of the
 //! function where no good answer comes.
 
-mod model;
+use crate::model;
 
 use model::hardware::{BAR0, ENABLE, INTX_DISABLE, MASTER, Silence, at};
 use model::xen::{Act, Stage};

@@ -1,7 +1,7 @@
 //! Reports of users of PCI passthrough, each as a small test; those about a subject that has a file of its own stand
 //! there. The list of all, with their sources and tests: docs/cases.md.
 
-mod model;
+use crate::model;
 
 use std::rc::Rc;
 

@@ -2,7 +2,7 @@
 //! a state, never answers, or does what Linux's does not. The life of a connection as a whole is in `life_cycle.rs`,
 //! what happens between two operations in `races.rs`.
 
-mod model;
+use crate::model;
 
 use std::cell::RefCell;
 use std::rc::Rc;

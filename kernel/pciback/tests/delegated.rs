@@ -2,7 +2,7 @@
 //! and comes back. That everything else is as in direct mode, all other tests show: they run a second time with
 //! `PCIBACK_DELEGATED=1` (`cargo xtask test`).
 
-mod model;
+use crate::model;
 
 use model::dom0::Death;
 use model::hardware::{ENABLE, MASKALL, at};

@@ -2,7 +2,7 @@
 //! off, released. Runs where the environment's PCIBACK_DUMPS names a folder of such listings, or `../shared/dumps` lies
 //! beside the tree; what is skipped is said.
 
-mod model;
+use crate::model;
 
 use std::path::{Path, PathBuf};
 use std::rc::Rc;

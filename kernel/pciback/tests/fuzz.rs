@@ -7,7 +7,7 @@
 //! written into a device but what a guest without trust may have there, or what the hand-over puts back; an honest request
 //! is answered within a bounded number of turns, with the truth; lines, watches, pages, ports and vectors are bounded.
 
-mod model;
+use crate::model;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;

@@ -1,6 +1,6 @@
 //! A guest that does not play by the rules: it must get errors, and nobody else may notice.
 
-mod model;
+use crate::model;
 
 use std::cell::Cell;
 

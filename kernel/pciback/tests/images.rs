@@ -1,7 +1,7 @@
 //! Functions like real ones (`model/images.rs`), each through the eyes of a guest: its list, its addresses, what a write
 //! reaches, the interrupts it is offered, and how it is handed on.
 
-mod model;
+use crate::model;
 
 use std::rc::Rc;
 

@@ -1,7 +1,7 @@
 //! MSI and MSI-X as a guest asks for them: what it is answered, what is mapped, and what the card holds then.
 //! Cases are real reports of passthrough trouble; each names where it was told.
 
-mod model;
+use crate::model;
 
 use model::hardware::{ENABLE, INTX_DISABLE, MASKALL, MEMORY, MS, MSI_ENABLE, MsiKind, at};
 use model::logs::{heard, listen};

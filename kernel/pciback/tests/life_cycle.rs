@@ -1,6 +1,6 @@
 //! The xenbus life cycle against a model of toolstack and pcifront.
 
-mod model;
+use crate::model;
 
 use model::{NIC, ONE, boot, boot_in};
 

@@ -3,7 +3,7 @@
 //! is checked after every step, and in the end everything can be had again.
 // Also case 50 of the reports: a device that is missing from the list of free ones after its guest ended.
 
-mod model;
+use crate::model;
 
 use model::hardware::{ENABLE, MS, MSI_ENABLE, Silence, at};
 use model::xen::errno::*;

@@ -1,7 +1,7 @@
 //! What this domain may do on a host, and how it finds out: never by a write, as that would end it on a Xen without
 //! the config-owner change. The model of Xen panics with "domain_crash" on such a write.
 
-mod model;
+use crate::model;
 
 use model::hardware::{MASKALL, Silence, at};
 use model::logs::{heard, listen};

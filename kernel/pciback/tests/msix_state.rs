@@ -1,7 +1,7 @@
 //! Xen's memory of a function's MSI-X state, from the end of one guest to the start of the next: the seed of this
 //! project ("xen: xen-pciback: Reset MSI-X state when exposing a device", xen-devel, December 2018).
 
-mod model;
+use crate::model;
 
 use model::hardware::{ENABLE, MASKALL, MEMORY, MS, at, differences};
 use model::xen::errno::{EBUSY, ENXIO};

@@ -2,7 +2,7 @@
 //! again before the guest's next request reaches it. Linux's backend gives back the addresses only, and Xen's vectors
 //! stay lost. Case 65 (QubesOS issues 9869, 3049, 4084, 7294).
 
-mod model;
+use crate::model;
 
 use model::hardware::{BAR0, INTX_DISABLE, MASTER, MEMORY, MS, at};
 use model::xen::Act;

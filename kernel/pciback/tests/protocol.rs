@@ -1,6 +1,6 @@
 //! The fields of a reply, and when a request is answered (`xen/io/pciif.h`).
 
-mod model;
+use crate::model;
 
 use model::logs::{heard, listen};
 use model::{NIC, OTHER, TWO, boot, boot_with};

@@ -1,7 +1,7 @@
 //! Registers that the configuration opens (`quirk=OFFSET:SIZE:MASK`), and extended space that is none. Cases 22 (a
 //! NC340T's register at e0) and 34 (a listing of a device without rules).
 
-mod model;
+use crate::model;
 
 use std::rc::Rc;
 

@@ -1,7 +1,7 @@
 //! What happens between two operations: the toolstack renumbers or removes, xenstored does not answer,
 //! the device vanishes. Each test goes through every operation of the backend in turn.
 
-mod model;
+use crate::model;
 
 use std::cell::Cell;
 use std::rc::Rc;

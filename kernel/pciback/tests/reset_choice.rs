@@ -1,6 +1,6 @@
 //! How a card is reset: by what its registers say, and by what is publicly known of it.
 
-mod model;
+use crate::model;
 
 use std::rc::Rc;
 

@@ -1,6 +1,6 @@
 //! The image of a card: of what it is taken, and how it comes back after a reset.
 
-mod model;
+use crate::model;
 
 use std::rc::Rc;
 

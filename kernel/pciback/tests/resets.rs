@@ -1,6 +1,6 @@
 //! The reset between two guests: the methods, the registers that come back, the time it takes, and who waits for it.
 
-mod model;
+use crate::model;
 
 use std::rc::Rc;
 

@@ -1,7 +1,7 @@
 //! One test for each advisory that touches a backend: what went wrong elsewhere, tried here. docs/security.md has the list,
 //! with those that other files and dom0's tool show.
 
-mod model;
+use crate::model;
 
 use std::rc::Rc;
 

@@ -2,7 +2,7 @@
 //! the rules that hold after each operation.
 // Case 20, CVE-2015-8551 and CVE-2015-8552: operations in an order nobody expected crashed the backend's domain.
 
-mod model;
+use crate::model;
 
 use model::hardware::{ENABLE, INTX_DISABLE, MASKALL, MS, MSI_ENABLE, at};
 use model::logs::{heard, listen};

@@ -1,6 +1,6 @@
 //! Functions that dom0's kernel can reset only together, as its reset of their bus reaches them all.
 
-mod model;
+use crate::model;
 
 use std::rc::Rc;
 

@@ -1,7 +1,7 @@
 //! Where a guest sees its functions, and what it gets for every other address: `topology=vpci` and
 //! `topology=passthrough`, as pcifront scans them. Cases are real reports; each names where it was told.
 
-mod model;
+use crate::model;
 
 use std::rc::Rc;
 

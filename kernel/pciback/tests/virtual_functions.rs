@@ -1,7 +1,7 @@
 //! Virtual functions (SR-IOV 1.1, 3.4.1): their ids, addresses and decode bits are the physical function's.
 //! Case 28: Linux's "xen/pciback: guest SR-IOV support for PV guest".
 
-mod model;
+use crate::model;
 
 use std::rc::Rc;
 

@@ -1,6 +1,6 @@
 //! Cards whose MSI-X Xen cannot set up: they are served without it.
 
-mod model;
+use crate::model;
 
 use model::hardware::at;
 use model::logs::{heard, listen};

@@ -188,7 +188,7 @@ fn command() -> Result<ExitCode> {
 /// The test's game with other numbers.
 fn fuzz(words: &Words) -> Result<ExitCode> {
     let mut game = cargo();
-    game.args(["test", "--quiet", "-p", "pciback", "--test", "fuzz", "--", "--nocapture"])
+    game.args(["test", "--quiet", "-p", "pciback", "--test", "backend", "fuzz::", "--", "--nocapture"])
         .env("PCIBACK_FUZZ_SEED", words.seed.unwrap_or(1000).to_string())
         .env("PCIBACK_FUZZ_RUNS", words.runs.unwrap_or(100).to_string())
         .env("PCIBACK_FUZZ_OPS", words.ops.unwrap_or(1_000_000).to_string());
