@@ -206,7 +206,7 @@ const WITH_MMCFG_OFF: [&str; 14] = [
 const LONG: [&str; 2] = ["fifty-reboots", "killed-often"];
 
 /// What one release is enough for in the test: nothing in it is another on the newer one.
-const ONCE: [&str; 3] = ["command-line", "passthrough-topology", "reboots"];
+const ONCE: [&str; 5] = ["command-line", "device-matrix", "passthrough-topology", "reboots", "virtual-function"];
 
 impl Scenario {
     /// Whether `cargo xtask test` runs it there.
