@@ -152,6 +152,5 @@ fn no_row_is_open() {
             )
         })
         .collect();
-    // While the work goes on this tells what is left.
-    println!("{} open rows\n{}", open.len(), open.join("\n"));
+    assert!(open.is_empty(), "{} open rows\n{}", open.len(), open.join("\n"));
 }
