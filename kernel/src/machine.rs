@@ -54,6 +54,57 @@ const LOOK: Nanos = 2_000_000;
 /// dom0, which the channel for delegated operations is for.
 const DOM0: DomId = 0;
 
+/// What Xen gives every domain, connected.
+pub struct Guest {
+    /// The page tables.
+    pub space: AddressSpace,
+    /// The shared info page.
+    pub shared: Page,
+    /// Its pending bits.
+    pub pending: Pending,
+    /// Where grants of others can be mapped.
+    pub grants: Window,
+    /// The first frame of the own grant table.
+    pub table: Page,
+    /// xenstore.
+    pub store: Client<StoreTransport>,
+    /// Its event channel.
+    pub store_port: Port,
+    /// The console's event channel.
+    pub console_port: Port,
+}
+
+impl Guest {
+    /// Connects to Xen: shared info, grant table, console, xenstore. What fails ends the domain with the reason.
+    pub fn new(mut space: AddressSpace, ram_end: u64, config: &Config) -> Guest {
+        let window = free_window(ram_end, config);
+        must(space.map_large(window, Use::Data), "mapping the grant window");
+        // SAFETY: the window is behind all RAM and clear of every device frame.
+        must(unsafe { xen_memory::map_shared_info(window / PAGE_SIZE) }, "XENMEM_add_to_physmap(shared_info)");
+        // SAFETY: mapped just now, and for good.
+        let shared = unsafe { Page::new(window as *mut u8) };
+        let pending = Pending::new(shared);
+        let table = window + PAGE_SIZE;
+        // SAFETY: the second frame of the window, which nothing else is at.
+        must(unsafe { xen_memory::map_grant_table(table / PAGE_SIZE) }, "XENMEM_add_to_physmap(grant_table)");
+        // SAFETY: mapped just now, and for good.
+        let table = unsafe { Page::new(table as *mut u8) };
+        // SAFETY: the rest of the window is free and mapped one to one.
+        let grants = unsafe { Window::new(window + 2 * PAGE_SIZE, WINDOW_FRAMES - 2) };
+
+        let console = ring(&mut space, Param::ConsolePfn, "console");
+        let console_port = port(Param::ConsoleEvtchn, "console");
+        logger::use_console(Console::new(console, console_port));
+
+        let page = ring(&mut space, Param::StorePfn, "xenstore");
+        let store_port = port(Param::StoreEvtchn, "xenstore");
+        // Of a frontend's own node it does not matter what below it changed.
+        let pathless = |token: &str| Link::of_token(token).is_some();
+        let store = Client::new(page, StoreTransport { port: store_port, pending, shared }, pathless);
+        Guest { space, shared, pending, grants, table, store, store_port, console_port }
+    }
+}
+
 /// Everything Xen gave this domain.
 pub struct Machine {
     space: AddressSpace,
@@ -73,35 +124,13 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Connects to Xen: shared info, console, xenstore.
+    /// Connects to Xen, and makes the channel to dom0.
     ///
     /// What fails here leaves nothing to run with, so it ends the domain with the reason.
-    pub fn new(mut space: AddressSpace, ram_end: u64, config: &Config) -> Machine {
-        let window = free_window(ram_end, config);
-        must(space.map_large(window, Use::Data), "mapping the grant window");
-        // SAFETY: the window is behind all RAM and clear of every device frame.
-        must(unsafe { xen_memory::map_shared_info(window / PAGE_SIZE) }, "XENMEM_add_to_physmap(shared_info)");
-        // SAFETY: mapped just now, and for good.
-        let shared = unsafe { Page::new(window as *mut u8) };
-        let pending = Pending::new(shared);
-        let table = window + PAGE_SIZE;
-        // SAFETY: the second frame of the window, which nothing else is at.
-        must(unsafe { xen_memory::map_grant_table(table / PAGE_SIZE) }, "XENMEM_add_to_physmap(grant_table)");
-        // SAFETY: mapped just now, and for good.
-        let mut table = OwnTable::new(unsafe { Page::new(table as *mut u8) });
-        // SAFETY: the rest of the window is free and mapped one to one.
-        let grants = unsafe { Window::new(window + 2 * PAGE_SIZE, WINDOW_FRAMES - 2) };
-
-        let console = ring(&mut space, Param::ConsolePfn, "console");
-        let console_port = port(Param::ConsoleEvtchn, "console");
-        logger::use_console(Console::new(console, console_port));
-
-        let page = ring(&mut space, Param::StorePfn, "xenstore");
-        let store_port = port(Param::StoreEvtchn, "xenstore");
-        // Of a frontend's own node it does not matter what below it changed.
-        let pathless = |token: &str| Link::of_token(token).is_some();
-        let store = XenStore(Client::new(page, StoreTransport { port: store_port, pending, shared }, pathless));
-        let (line, channel) = channel(&mut table, pending, shared);
+    pub fn new(space: AddressSpace, ram_end: u64, config: &Config) -> Machine {
+        let Guest { space, shared, pending, grants, table, store, store_port, console_port } =
+            Guest::new(space, ram_end, config);
+        let (line, channel) = channel(&mut OwnTable::new(table), pending, shared);
         let dom0 = Rc::new(RefCell::new(Delegate::new(line)));
         let physdev = RoutedPhysdev::new(Hypercalls { shared }, dom0.clone());
         Machine {
@@ -109,7 +138,7 @@ impl Machine {
             shared,
             pending,
             grants,
-            store,
+            store: XenStore(store),
             store_port,
             console_port,
             channels: Rc::new(()),

@@ -11,12 +11,18 @@ extern crate alloc;
 
 mod boot;
 mod fatal;
-#[cfg(feature = "hostile")]
+#[cfg(all(feature = "hostile", not(feature = "hostile-guest")))]
 mod hostile;
+#[cfg(feature = "hostile-guest")]
+mod hostile_guest;
 mod logger;
+#[cfg_attr(feature = "hostile-guest", allow(dead_code, reason = "a guest needs a part of it"))]
 mod machine;
 mod memory;
-#[cfg_attr(feature = "hostile", allow(dead_code, reason = "the attack takes its place"))]
+#[cfg_attr(
+    any(feature = "hostile", feature = "hostile-guest"),
+    allow(dead_code, reason = "the attack takes its place")
+)]
 mod run;
 mod traps;
 
@@ -67,13 +73,19 @@ extern "C" fn rust_entry(start_info: u32) -> ! {
     traps::init();
     let (config, complaints) = pciback::cmdline::parse(&cmdline);
     logger::set_level(config.log);
+    #[cfg(feature = "hostile-guest")]
+    {
+        let _ = (complaints, entry);
+        hostile_guest::run(machine::Guest::new(space, info.ram_end, &config))
+    }
+    #[cfg(not(feature = "hostile-guest"))]
     let machine = machine::Machine::new(space, info.ram_end, &config);
-    #[cfg(feature = "hostile")]
+    #[cfg(all(feature = "hostile", not(feature = "hostile-guest")))]
     {
         let _ = (complaints, entry);
         hostile::run(machine, &config)
     }
-    #[cfg(not(feature = "hostile"))]
+    #[cfg(not(any(feature = "hostile", feature = "hostile-guest")))]
     run::run(machine, config, complaints, entry)
 }
 

@@ -20,16 +20,25 @@ pub struct Image {
 /// Builds the driver domain's image.
 pub fn image() -> Result<Image> {
     say("building the driver domain's image");
-    build_image(root().join("target/image"), &[])
+    build_image(root().join("target/image"), "pciback-stubdom", &[])
 }
 
 /// Builds the image of a driver domain that attacks dom0's service.
 pub fn hostile() -> Result<PathBuf> {
     say("building a hostile driver domain's image");
-    build_image(root().join("target/hostile"), &["--features", "hostile"]).map(|image| image.stripped)
+    build_image(root().join("target/hostile"), "pciback-hostile", &["--features", "hostile"])
+        .map(|image| image.stripped)
 }
 
-fn build_image(dir: PathBuf, more: &[&str]) -> Result<Image> {
+/// Builds the image of a guest that attacks a driver domain.
+pub fn hostile_guest() -> Result<PathBuf> {
+    say("building a hostile guest's image");
+    build_image(root().join("target/hostile"), "hostile-guest", &["--features", "hostile-guest"])
+        .map(|image| image.stripped)
+}
+
+/// Builds an image, and puts it stripped into the folder under this name.
+fn build_image(dir: PathBuf, name: &str, more: &[&str]) -> Result<Image> {
     run_shown(
         cargo()
             .args([
@@ -48,7 +57,7 @@ fn build_image(dir: PathBuf, more: &[&str]) -> Result<Image> {
             .env("RUSTFLAGS", "-C relocation-model=static -C no-redzone=yes"),
     )?;
     let full = dir.join(TARGET).join("image/pciback-stubdom");
-    let stripped = dir.join("pciback-stubdom");
+    let stripped = dir.join(name);
     run(Command::new("objcopy").arg("--strip-all").args([&full, &stripped]))?;
     Ok(Image { full, stripped })
 }

@@ -77,8 +77,10 @@ pub struct Parts<'a> {
     pub tool: Option<&'a Path>,
     /// The driver domain's image, when it is built.
     pub image: Option<&'a Path>,
-    /// The hostile image, when it is built.
+    /// The image of a hostile driver domain, when it is built.
     pub hostile: Option<&'a Path>,
+    /// That of a hostile guest, when it is built.
+    pub hostile_guest: Option<&'a Path>,
 }
 
 fn busybox() -> Result<Vec<u8>> {
@@ -120,6 +122,9 @@ pub fn dom0(base: &Base, parts: Parts<'_>, shell: bool) -> Result<Vec<u8>> {
     }
     if let Some(image) = parts.hostile {
         archive.file("usr/lib/xen/boot/pciback-hostile", 0o644, &read(image)?);
+    }
+    if let Some(image) = parts.hostile_guest {
+        archive.file("usr/lib/xen/boot/hostile-guest", 0o644, &read(image)?);
     }
     for entry in std::fs::read_dir(&base.modules).context(base.modules.display())?.flatten() {
         archive.file(&format!("modules/{}", entry.file_name().to_string_lossy()), 0o644, &read(entry.path())?);

@@ -77,6 +77,8 @@ pub struct Built {
     pub image: PathBuf,
     /// The image of a driver domain that has been taken over.
     pub hostile: PathBuf,
+    /// The image of a guest that attacks a driver domain.
+    pub hostile_guest: PathBuf,
 }
 
 impl Built {
@@ -87,12 +89,19 @@ impl Built {
             tool: builds::tool()?,
             image: builds::image_or_given()?,
             hostile: builds::hostile()?,
+            hostile_guest: builds::hostile_guest()?,
         })
     }
 
     /// For the initramfs.
     pub fn parts(&self) -> Parts<'_> {
-        Parts { agent: &self.agent, tool: Some(&self.tool), image: Some(&self.image), hostile: Some(&self.hostile) }
+        Parts {
+            agent: &self.agent,
+            tool: Some(&self.tool),
+            image: Some(&self.image),
+            hostile: Some(&self.hostile),
+            hostile_guest: Some(&self.hostile_guest),
+        }
     }
 }
 

@@ -114,6 +114,64 @@ pub struct RunstateInfo {
     pub time: [u64; 4],
 }
 
+/// `struct vcpu_hvm_context` of `xen/hvm/hvm_vcpu.h` with the registers of `struct vcpu_hvm_x86_64`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[doc(alias = "vcpu_hvm_context")]
+pub struct VcpuContext {
+    /// `VCPU_HVM_MODE_*`.
+    pub mode: u32,
+    /// Padding.
+    pub pad: u32,
+    /// Register.
+    pub rax: u64,
+    /// Register.
+    pub rcx: u64,
+    /// Register.
+    pub rdx: u64,
+    /// Register.
+    pub rbx: u64,
+    /// Stack.
+    pub rsp: u64,
+    /// Register.
+    pub rbp: u64,
+    /// Register.
+    pub rsi: u64,
+    /// First argument of a C function.
+    pub rdi: u64,
+    /// First instruction.
+    pub rip: u64,
+    /// Flags.
+    pub rflags: u64,
+    /// Control register.
+    pub cr0: u64,
+    /// Page tables.
+    pub cr3: u64,
+    /// Control register.
+    pub cr4: u64,
+    /// Long mode.
+    pub efer: u64,
+    /// Rest of the union, which has room for the 32-bit registers.
+    pub rest: u64,
+}
+
+/// `struct xen_memory_reservation` of `xen/memory.h`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+#[doc(alias = "xen_memory_reservation")]
+pub struct MemoryReservation {
+    /// An array of guest frames.
+    pub extents: *mut u64,
+    /// How many.
+    pub count: u64,
+    /// 0 for single pages.
+    pub order: u32,
+    /// 0.
+    pub flags: u32,
+    /// Domain to change.
+    pub domid: u16,
+}
+
 /// `struct physdev_map_pirq` of `xen/physdev.h`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
@@ -304,6 +362,9 @@ const _: () = {
     assert!(size_of::<E820Entry>() == 20);
     assert!(size_of::<HvmParam>() == 16 && offset_of!(HvmParam, value) == 8);
     assert!(size_of::<RunstateInfo>() == 48 && offset_of!(RunstateInfo, time) == 16);
+    assert!(size_of::<VcpuContext>() == 128 && offset_of!(VcpuContext, rip) == 72);
+    assert!(offset_of!(VcpuContext, efer) == 112);
+    assert!(size_of::<MemoryReservation>() == 32 && offset_of!(MemoryReservation, domid) == 24);
     assert!(size_of::<MapPirq>() == 40 && offset_of!(MapPirq, kind) == 4 && offset_of!(MapPirq, entry_nr) == 24);
     assert!(offset_of!(MapPirq, table_base) == 32);
     assert!(size_of::<UnmapPirq>() == 8 && offset_of!(UnmapPirq, pirq) == 4);

@@ -23,3 +23,4 @@ pub mod port_e9;
 pub mod sched;
 pub mod store;
 pub mod vchan;
+pub mod vcpu;

@@ -1,10 +1,12 @@
 //! Memory calls: HVM parameters, pages of Xen put into our physical map, the memory map when the
 //! start info has none, and the vCPU's own run time. Headers: `memory.h`, `hvm/params.h`, `vcpu.h`.
 
-use crate::abi::{AddToPhysmap, DOMID_SELF, E820Entry, HvmParam, MemoryMap, RunstateInfo};
+use crate::abi::{AddToPhysmap, DOMID_SELF, E820Entry, HvmParam, MemoryMap, MemoryReservation, RunstateInfo};
 use crate::errno::Errno;
 use crate::hypercall;
 
+const XENMEM_DECREASE_RESERVATION: u32 = 1;
+const XENMEM_POPULATE_PHYSMAP: u32 = 6;
 const XENMEM_ADD_TO_PHYSMAP: u32 = 7;
 const XENMEM_MEMORY_MAP: u32 = 9;
 const XENMAPSPACE_SHARED_INFO: u32 = 0;
@@ -75,6 +77,36 @@ unsafe fn add_to_physmap(space: u32, gfn: u64) -> Result<(), Errno> {
     // SAFETY: XENMEM_add_to_physmap takes a xen_add_to_physmap; `gfn` is free by our contract.
     unsafe { hypercall::memory_op(XENMEM_ADD_TO_PHYSMAP, &mut arg)? };
     Ok(())
+}
+
+/// Gives the page at guest frame `gfn` back to Xen. Who has mapped it keeps it for as long.
+///
+/// # Errors
+/// What Xen answered, or [`Errno`] 0 if it took none.
+///
+/// # Safety
+/// Nothing uses the frame until [`populate`] has put another page there.
+pub unsafe fn give_back(gfn: u64) -> Result<(), Errno> {
+    // SAFETY: nobody uses the page, by our contract.
+    unsafe { reserve(XENMEM_DECREASE_RESERVATION, gfn) }
+}
+
+/// Has Xen put a page of its choice at guest frame `gfn`, where none is.
+///
+/// # Errors
+/// What Xen answered, or [`Errno`] 0 if it has none to give now.
+pub fn populate(gfn: u64) -> Result<(), Errno> {
+    // SAFETY: a frame that has no page is nobody's; one that has is left as it is.
+    unsafe { reserve(XENMEM_POPULATE_PHYSMAP, gfn) }
+}
+
+/// # Safety
+/// What `cmd` does to the page at `gfn` harms nobody.
+unsafe fn reserve(cmd: u32, mut gfn: u64) -> Result<(), Errno> {
+    let mut arg = MemoryReservation { extents: &raw mut gfn, count: 1, order: 0, flags: 0, domid: DOMID_SELF };
+    // SAFETY: both calls take a xen_memory_reservation, whose array has one element; the rest is our contract.
+    let done = unsafe { hypercall::memory_op(cmd, &mut arg)? };
+    if done == 1 { Ok(()) } else { Err(Errno(0)) }
 }
 
 /// Stores the domain's memory map in `entries` and returns how many there are.

@@ -31,6 +31,11 @@ impl Page {
         Page(address)
     }
 
+    /// Where it is.
+    pub fn address(self) -> u64 {
+        self.0 as u64
+    }
+
     /// Checked pointer to a naturally aligned `T` at `offset` bytes.
     fn at<T: Word>(self, offset: usize) -> *mut T {
         let size = size_of::<T>();

@@ -40,6 +40,12 @@ pub fn poll(ports: &[u32], deadline: Option<u64>) -> Result<(), Errno> {
     Ok(())
 }
 
+/// Lets others have the processor.
+pub fn yield_now() {
+    // SAFETY: SCHEDOP_yield takes no structure. It cannot fail in a way that leaves something to do.
+    let _ = unsafe { hypercall::sched_op(xen_sys::SCHEDOP_yield, &mut 0u64) };
+}
+
 /// Ends the domain.
 pub fn shutdown(reason: Reason) -> ! {
     let mut arg = xen_sys::sched_shutdown { reason: reason as u32 };

@@ -142,6 +142,14 @@ impl<T: Transport> Client<T> {
         self.request(kind::WRITE, tx, &[path.as_bytes(), b"\0", value.as_bytes()]).map(drop)
     }
 
+    /// Writes a node whose value is no text.
+    ///
+    /// # Errors
+    /// What the daemon answered.
+    pub fn write_bytes(&mut self, path: &str, value: &[u8]) -> Result<(), Error> {
+        self.request(kind::WRITE, 0, &[path.as_bytes(), b"\0", value]).map(drop)
+    }
+
     /// Writes nodes, paths and values, in this order.
     ///
     /// # Errors

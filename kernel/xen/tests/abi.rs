@@ -11,7 +11,7 @@ use std::process::Command;
 
 use pciback::wire;
 use xen_guest::abi::{AddToPhysmap, HvmParam, MapGrantRef, MemoryMap, RunstateInfo, UnmapGrantRef};
-use xen_guest::abi::{MapPirq, PciDevice, UnmapPirq};
+use xen_guest::abi::{MapPirq, MemoryReservation, PciDevice, UnmapPirq, VcpuContext};
 use xen_guest::abi::{grant_entry, shared_info, time_info, vchan, xencons, xenstore};
 
 /// C expression, and what it must be.
@@ -35,6 +35,12 @@ fn expectations() -> Vec<(String, u64)> {
     structure!(HvmParam, "struct xen_hvm_param": domid = "domid", index = "index", value = "value");
     structure!(RunstateInfo, "struct vcpu_runstate_info": state = "state", state_entry_time = "state_entry_time",
         time = "time");
+    structure!(VcpuContext, "struct vcpu_hvm_context": mode = "mode", rax = "cpu_regs.x86_64.rax",
+        rsp = "cpu_regs.x86_64.rsp", rdi = "cpu_regs.x86_64.rdi", rip = "cpu_regs.x86_64.rip",
+        rflags = "cpu_regs.x86_64.rflags", cr0 = "cpu_regs.x86_64.cr0", cr3 = "cpu_regs.x86_64.cr3",
+        cr4 = "cpu_regs.x86_64.cr4", efer = "cpu_regs.x86_64.efer");
+    structure!(MemoryReservation, "struct xen_memory_reservation": extents = "extent_start", count = "nr_extents",
+        order = "extent_order", flags = "mem_flags", domid = "domid");
     structure!(MapPirq, "struct physdev_map_pirq": domid = "domid", kind = "type", index = "index", pirq = "pirq",
         bus = "bus", devfn = "devfn", entry_nr = "entry_nr", table_base = "table_base");
     structure!(UnmapPirq, "struct physdev_unmap_pirq": domid = "domid", pirq = "pirq");
@@ -207,6 +213,7 @@ fn program(expectations: &[(String, u64)]) -> String {
         "sched.h",
         "vcpu.h",
         "hvm/hvm_op.h",
+        "hvm/hvm_vcpu.h",
         "hvm/params.h",
         "elfnote.h",
         "io/console.h",

@@ -11,6 +11,7 @@ mod device_matrix;
 mod exception;
 mod foreign;
 mod hostile_driver;
+mod hostile_guest;
 mod hotplug;
 mod idle;
 pub(crate) mod killed_enabling;
@@ -108,7 +109,7 @@ const EVERYWHERE: &[Boot] = &Boot::ALL;
 const DELEGATED: &[Boot] = &[Boot::Plain];
 
 /// All of them.
-pub const ALL: [Scenario; 37] = [
+pub const ALL: [Scenario; 38] = [
     scenario("nvme", STOCK, "a guest reads and writes an NVMe drive, with interrupts", nvme::run),
     scenario("nic", STOCK, "a guest uses a network card", nic::run),
     scenario("two-guests", STOCK, "two guests use a device each at once", two_guests::run),
@@ -167,6 +168,12 @@ pub const ALL: [Scenario; 37] = [
         DELEGATED,
         "a driver domain that was taken over gets nothing that is not its own",
         hostile_driver::run,
+    ),
+    scenario(
+        "hostile-guest",
+        &[Boot::Plain, Boot::Changed],
+        "a guest attacks the driver domain with all it has, and nobody else notices",
+        hostile_guest::run,
     ),
     scenario("two-drivers", STOCK, "a drive that two driver domains list has one owner", two_drivers::run),
     scenario(
