@@ -228,8 +228,7 @@ impl Image {
     /// Whether a function still has its addresses after a reset. Every reset clears its base address registers (PCI
     /// Express Base 5.0, 6.6.2; for D3hot PCI Power Management 1.2, 5.4.1), so such a function was not reset.
     pub fn addresses_kept<C: ConfigSpace>(&self, hardware: &C) -> bool {
-        let mut bars = self.addresses().peekable();
-        bars.peek().is_some() && bars.all(|saved| hardware.read(saved.at, saved.width) == saved.value)
+        self.has_addresses() && self.is_in_place(hardware)
     }
 }
 

@@ -9,7 +9,7 @@ use model::hardware::{ENABLE, INTX_DISABLE, MASKALL, MASTER, MEMORY, MS, MSI_ENA
 use model::logs::{self, heard, listen};
 use model::xen::errno::{EBUSY, EINVAL, EPERM};
 use model::xen::{Act, Assigned, Call, Flavour, Stage};
-use model::{Card, Guest, Hardware, NIC, ONE, OTHER, OWN_WATCHES, Rig, TWO, World, boot_in, boot_with};
+use model::{Card, Guest, Hardware, NIC, ONE, OTHER, OWN_WATCHES, Rig, TWO, World, boot_in};
 use pciback::sbdf::Sbdf;
 use pciback::wire::{MsixEntry, PCIF_ACTIVE, RawRequest, op};
 
@@ -17,11 +17,19 @@ fn nic() -> Sbdf {
     NIC.parse().unwrap()
 }
 
-/// A guest whose driver has turned the card on.
-fn started(card: Card) -> (Rig, Guest) {
-    let mut rig = boot_with(card);
+/// A connected guest of a driver domain with this command line.
+fn connected(card: Card, cmdline: &str) -> (Rig, Guest) {
+    let world: Rc<World> = Rc::default();
+    world.plug(NIC, card.build());
+    let mut rig = boot_in(world, cmdline);
     let mut guest = rig.attach(1, &[NIC]);
     guest.connect(&mut rig);
+    (rig, guest)
+}
+
+/// A guest whose driver has turned the card on.
+fn started(card: Card) -> (Rig, Guest) {
+    let (mut rig, guest) = connected(card, ONE);
     assert_eq!(guest.write(&mut rig, 0, at::COMMAND.into(), 2, 0x0006), 0);
     (rig, guest)
 }
@@ -64,11 +72,7 @@ fn xsa_43_ten_thousand_failing_requests_leave_ten_lines() {
 #[test]
 fn xsa_120_no_guest_turns_decoding_off() {
     for cmdline in [ONE, "dev=0000:01:00.0,permissive"] {
-        let world: Rc<World> = Rc::default();
-        world.plug(NIC, Card::FULL.build());
-        let mut rig = boot_in(world, cmdline);
-        let mut guest = rig.attach(1, &[NIC]);
-        guest.connect(&mut rig);
+        let (mut rig, guest) = connected(Card::FULL, cmdline);
         guest.write(&mut rig, 0, at::COMMAND.into(), 2, 0x0007);
         for value in (0..=0x07ffu32).rev() {
             guest.write(&mut rig, 0, at::COMMAND.into(), if value % 3 == 0 { 4 } else { 2 }, value);
@@ -352,11 +356,7 @@ fn xsa_124_what_has_no_rule_is_not_written() {
 #[test]
 fn xsa_128_and_129_message_addresses_data_and_masks_are_xens() {
     for cmdline in [ONE, "dev=0000:01:00.0,permissive"] {
-        let world: Rc<World> = Rc::default();
-        world.plug(NIC, Card::FULL.build());
-        let mut rig = boot_in(world, cmdline);
-        let mut guest = rig.attach(1, &[NIC]);
-        guest.connect(&mut rig);
+        let (mut rig, guest) = connected(Card::FULL, cmdline);
         guest.write(&mut rig, 0, at::COMMAND.into(), 2, 6);
         guest.enable_msi(&mut rig).expect("a vector");
         let before = rig.hardware(NIC).bytes.borrow()[usize::from(at::MSI)..usize::from(at::MSIX) + 12].to_vec();
